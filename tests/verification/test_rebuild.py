@@ -95,6 +95,9 @@ def test_rows_of_a_file_need_the_file(dense: Path, tmp_path: Path) -> None:
     assert not report.accepted
     assert verify(dense, moe, checks=COMPARED, router_init=files[0]).accepted
     assert verify(dense, moe, checks=COMPARED, router_init=files[1]).status is Status.FAILED
+    save_arrays({each: np.ones((4, 32), "f4") for each in names}, files[1])
+    with pytest.raises(UpcycleError, match="has shape"):
+        verify(dense, moe, router_init=files[1])
     convert(dense, tmp_path / "plain", G2())
     with pytest.raises(UpcycleError, match="were not given in a file"):
         verify(dense, tmp_path / "plain", router_init=files[0])

@@ -89,6 +89,8 @@ def rebuild(
         if stored != made.expert_layout:  # transformers can save an MoE in another layout
             made = plan(replace(options, expert_layout=stored))
     except UpcycleError as error:
+        if given.rows is not None and error.message.startswith(str(given.rows.path)):
+            raise  # the user gave another file, and the MoE may be right
         raise MismatchError(error.message) from error
     missing = [key for key in described(made) if key not in record]
     missing += [key for key, kind in _OTHER_KEYS.items() if not isinstance(record.get(key), kind)]
