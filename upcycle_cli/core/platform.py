@@ -5,11 +5,13 @@ Linux has all of them, but not on every file system; macOS lacks some.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import struct
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -18,11 +20,26 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 BLOCK_BYTES = 4096
 """Offsets and lengths of shared extents are multiples of this on the usual systems."""
 _FICLONERANGE = 0x4020940D
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 def num_processors() -> int:
     """Return how many processors this process may use, or how many the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def reuse_freed_memory() -> None:
+    """Have glibc keep up to 128 MB of what this process frees, where that is the C library.
+
+    Layers that run one after the other take blocks of the same sizes. Each block that goes back to
+    the system comes again page by page, which took a tenth of the time of `verify`.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, 64 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 128 << 20)
 
 
 def start_writeback(descriptor: int) -> None:

@@ -26,6 +26,7 @@ from upcycle_cli.checkpoint.storage import (
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_config_settings
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.platform import reuse_freed_memory
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
@@ -82,6 +83,7 @@ def verify(  # noqa: PLR0913 - options, by name
     texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
     given = Inputs.read(calibration=calibration, rows=router_init)
+    reuse_freed_memory()
     try:
         # Before gigabytes are downloaded.
         grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
