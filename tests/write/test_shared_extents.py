@@ -12,6 +12,11 @@ import engine_fixtures as engine
 import pytest
 from file_systems import MAKE, UnavailableError, file_system, used_bytes
 
+from upcycle_cli import open_checkpoint
+from upcycle_cli.core.callbacks import Progress
+from upcycle_cli.verification.result import Status
+from upcycle_cli.verification.weights import check_weights
+
 MIB = 1 << 20
 IMAGE_BYTES = 400 * MIB  # XFS wants 300 MiB at least
 
@@ -54,3 +59,20 @@ def test_copies_take_no_space(
     assert done.shared_bytes == plan.nbytes - engine.unique_bytes(plan)
     assert engine.execute(plan, tmp_path / "plain").shared_bytes in (0, done.shared_bytes)
     assert engine.contents(output) == engine.contents(tmp_path / "plain")
+
+
+def test_verify_reads_copies_once(disk: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, output, read = engine.plan_of(dense, "E8G1T2"), disk / "moe", list[int]()
+    engine.execute(plan, output)
+    populate = "upcycle_cli.verification.weights._populate"
+    monkeypatch.setattr(populate, lambda _address, nbytes: read.append(nbytes))
+    found = check_weights(plan, open_checkpoint(output), Progress())
+    assert found.status is Status.PASSED
+    assert sum(read) <= 1.15 * engine.unique_bytes(plan)
+    with (output / "model.safetensors").open("r+b") as file:
+        file.seek(plan.nbytes // 2)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    found = check_weights(plan, open_checkpoint(output), Progress())
+    assert found.status is Status.FAILED
