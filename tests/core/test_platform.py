@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -91,3 +92,8 @@ def test_macos_syncs_the_disk_itself(tmp_path: Path, monkeypatch: Patch) -> None
     with (tmp_path / "file").open("w") as file:
         platform.make_durable(file.fileno())
         assert calls == [(file.fileno(), 51)]
+
+
+def test_other_c_libraries_keep_memory_as_they_do(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    platform.reuse_freed_memory.__wrapped__()
