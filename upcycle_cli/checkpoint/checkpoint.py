@@ -7,13 +7,15 @@ them. What a model may contain is decided elsewhere, in `models`.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import mmap
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from upcycle_cli.checkpoint.storage import (
     read_json,
 )
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.platform import shared_extents
 from upcycle_cli.core.safe_files import (
     MOST_JSON_BYTES,
     MOST_LISTING_BYTES,
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
     import torch
 
 _NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
+
+DiskRanges = tuple[int | tuple[int, int], ...]
+"""The number of a device; then where ranges begin, and how far on the disk they lie from there."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,7 @@ class Reader:
 
     _checkpoints: Sequence[Checkpoint]
     _maps: dict[Path, mmap.mmap]
+    _extents: dict[Path, tuple[int, int, list[tuple[int, int, int]]]] = field(default_factory=dict)
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise UpcycleError when a tensor's file changed, since its map shows the change."""
@@ -231,9 +238,24 @@ class Reader:
             data = bytearray(data)
         return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
+    def on_disk(self, data: memoryview) -> DiskRanges:
+        """Return where mapped bytes lie on the disk; empty unless all are in shared extents.
+
+        Bytes at the same place are equal, and need not be read to be compared.
+        """
+        address = _address(data)
+        for path, mapped in [*self._maps.items()]:  # other threads add maps
+            if path not in self._extents:
+                self._extents[path] = _address(mapped), path.stat().st_dev, shared_extents(path)
+            base, device, extents = self._extents[path]
+            if extents and base <= address < base + len(mapped):
+                ranges = _ranges(extents, address - base, len(data))
+                return (device, *ranges) if ranges else ()
+        return ()
+
     def release(self) -> None:
         """Free the pages that were read so far; a later access reads them again."""
-        for mapped in self._maps.values():
+        for mapped in [*self._maps.values()]:
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def _find(self, name: str) -> tuple[Checkpoint, TensorEntry]:
@@ -252,6 +274,26 @@ class Reader:
                 # A private mapping: torch needs a writable buffer, and the file must not change.
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[path]
+
+
+def _address(data: memoryview | mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
+
+
+def _ranges(
+    extents: Sequence[tuple[int, int, int]], begin: int, nbytes: int
+) -> list[tuple[int, int]]:
+    position, found = begin, list[tuple[int, int]]()
+    first = bisect_right(extents, begin, key=lambda extent: extent[1])
+    for low, high, physical in extents[first:]:
+        if low > position or position >= begin + nbytes:
+            break
+        # The distance tells adjacent extents from one: files may cut one range differently.
+        distance = physical - low + begin
+        if not found or found[-1][1] != distance:
+            found.append((position - begin, distance))
+        position = high
+    return found if position >= begin + nbytes else []
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

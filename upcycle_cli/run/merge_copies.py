@@ -54,15 +54,19 @@ class MergeCopies:
             start = b"".join(bytes(raw_bytes(part.flatten()[:_SAMPLE])) for part in parts)
             other = first.setdefault(start, expert)
             same = zip(parts, self._parts(other), strict=True)
-            found.append(other if all(_same_bytes(*pair) for pair in same) else expert)
+            found.append(other if all(self._same_bytes(*pair) for pair in same) else expert)
         return found
 
     def _parts(self, expert: int) -> list[torch.Tensor]:
         return [part for _, part in self._experts.parts(self._reader, self._layer, expert)]
 
-
-def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    # As integers, since a nan is equal to nothing; numpy is several times as fast as torch.
-    dtype = torch.int32 if left.element_size() == 4 else torch.int16
-    one, other = left.view(dtype).numpy(), right.view(dtype).numpy()
-    return left.data_ptr() == right.data_ptr() or np.array_equal(one, other)
+    def _same_bytes(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        if left.data_ptr() == right.data_ptr():
+            return True
+        if left.is_contiguous() and right.is_contiguous():
+            place = self._reader.on_disk(raw_bytes(left))
+            if place and place == self._reader.on_disk(raw_bytes(right)):
+                return True
+        # As integers, since a nan is equal to nothing; numpy is several times as fast as torch.
+        dtype = torch.int32 if left.element_size() == 4 else torch.int16
+        return np.array_equal(left.view(dtype).numpy(), right.view(dtype).numpy())

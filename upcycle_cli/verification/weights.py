@@ -10,17 +10,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, DiskRanges, Reader
 from upcycle_cli.core.callbacks import Progress
-from upcycle_cli.core.platform import shared_extents
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.output import OutputTensor, Role
@@ -33,8 +31,6 @@ from upcycle_cli.write.evaluate import evaluate_together
 from upcycle_cli.write.file_layout import bundles
 
 NAME = "weights"
-_DiskRanges = tuple[int | tuple[int, int], ...]
-"""The number of a device; then where ranges begin, and how far on the disk they lie from there."""
 _THREADS = 4  # a disk answers several questions at once
 _STEP_BYTES = 8 << 20
 _RELEASE_BYTES = 1 << 30
@@ -73,7 +69,7 @@ def check_weights(
         strange += unbound.find_orders()
         exprs = {tensor.name: unbound.bind(tensor.expr) for tensor in tensors}
         compared = {name: expr for name, expr in exprs.items() if not is_unbound(expr)}
-        scan = _Scan(source, held, watch, moe)
+        scan = _Scan(source, held, watch)
         differing = scan.run(
             {name: _leaves(expr, name in widened) for name, expr in compared.items()}
         )
@@ -135,9 +131,7 @@ class _Scan:
     source: Reader
     held: Reader
     watch: Progress
-    moe: Checkpoint
     _read: int = 0
-    _shards: dict[str, tuple[int, list[tuple[int, int, int]]]] = field(default_factory=dict)
 
     def run(self, tensors: Mapping[str, Sequence[Expr]]) -> list[Place]:
         """Return the leaves that differ, in the order of the files."""
@@ -177,44 +171,22 @@ class _Scan:
             positions[number] += len(value)
             for step in range(0, len(value), _STEP_BYTES):
                 piece = value[step : step + _STEP_BYTES]
-                same = set[_DiskRanges]()
+                same = set[DiskRanges]()
                 for place in leaves_[expr]:
-                    ranges = self._on_disk(place, start + step, len(piece))
+                    data = self._bytes(place, start + step, len(piece))
+                    ranges = self.held.on_disk(data)
                     if place in wrong or ranges in same:
                         continue
-                    if not self._holds(place, start + step, piece):
+                    if not self._equal(data, piece):
                         wrong.add(place)
                     elif ranges:
                         same.add(ranges)
         return sum(num_bytes(expr) * len(found) for expr, found in leaves_.items()), wrong
 
-    def _on_disk(self, place: Place, start: int, nbytes: int) -> _DiskRanges:
-        """Return where bytes of a place lie on the disk; empty unless all are in shared extents."""
-        entry = self.moe.tensors[place.name]
-        device, extents = self._extents(entry.shard)
-        position = begin = entry.offset + place.start + start
-        found: list[tuple[int, int]] = []
-        first = bisect_right(extents, begin, key=lambda extent: extent[1])
-        for low, high, physical in extents[first:]:
-            if low > position or position >= begin + nbytes:
-                break
-            # The distance tells adjacent extents from one: files may cut one range differently.
-            distance = physical - low + begin
-            if not found or found[-1][1] != distance:
-                found.append((position - begin, distance))
-            position = high
-        return (device, *found) if position >= begin + nbytes else ()
+    def _bytes(self, place: Place, start: int, nbytes: int) -> memoryview:
+        return self.held.mapped(place.name)[place.start + start :][:nbytes]
 
-    def _extents(self, shard: str) -> tuple[int, list[tuple[int, int, int]]]:
-        if shard not in self._shards:
-            path = self.moe.path / shard
-            self._shards[shard] = path.stat().st_dev, shared_extents(path)
-        return self._shards[shard]
-
-    def _holds(self, place: Place, start: int, value: memoryview) -> bool:
-        """Whether the bytes of a place from `start` on are these."""
-        begin = place.start + start
-        data = self.held.mapped(place.name)[begin : begin + len(value)]
+    def _equal(self, data: memoryview, value: memoryview) -> bool:
         self._read += len(value)  # without a lock: a lost count only delays the release
         if self._read >= _RELEASE_BYTES:
             self._read = 0
