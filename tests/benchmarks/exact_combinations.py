@@ -6,8 +6,8 @@
 makes a model of each way to make routers, with each order of neurons, number of shared experts and
 routing, verifies its weights, runs it by plain transformers in float32 on 128 tokens of text and
 128 random ones, and deletes it. It prints a Markdown table of the largest mean KL to the dense
-model, and names what is not as exact as promised. `SMOLLM2` names the model's directory, if there
-is one. It takes about half an hour on one core.
+model, and lists the recipes that break their promise. `SMOLLM2` names the model's directory, if it
+is made already. It takes about half an hour on one core.
 """
 
 from __future__ import annotations

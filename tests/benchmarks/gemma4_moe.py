@@ -2,11 +2,11 @@
 
     python tests/benchmarks/gemma4_moe.py
 
-makes tiny dense models whose MLPs put out less and less, and converts each to transformers' own
-class (E2G2T2), whose gates are times √ε; then it multiplies them by 1/√ε. It prints the largest
-difference of the logits, relative to the largest logit, in float32. Then it takes a few steps of
-AdamW with such MoEs, whose MLP beside the experts is silent in three ways, and prints how far, by
-KL, predictions are from the dense model's by then.
+makes tiny dense models with smaller and smaller MLP outputs, and converts each to transformers' own
+class (E2G2T2), which multiplies gates by √ε; then it multiplies them by 1/√ε. It prints the largest
+difference of the logits, relative to the largest logit, in float32. Then it silences the MLP beside
+the experts in three ways, takes a few steps of AdamW with each, and prints the KL to the dense
+model's predictions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ IDS = torch.randint(260, (4, 48), generator=torch.Generator().manual_seed(2))
 
 
 def dense_model(size: float) -> Any:  # noqa: ANN401 - transformers is untyped
-    """Return a dense model whose down projections are that much smaller."""
+    """Return a dense model whose down projections are scaled by `size`."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **SIZES)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -59,7 +59,7 @@ def tinyllama_of(gigabytes: float) -> Config:
 
 
 def write_random(path: Path, config: Config, *, shard_bytes: int = 1 << 62) -> Path:
-    """Write a bfloat16 checkpoint whose norms are ones; other weights lie in ±[2⁻⁷, 2⁻⁶)."""
+    """Write a bfloat16 checkpoint: norms of ones, random weights within ±[2⁻⁷, 2⁻⁶)."""
     write_hollow(path, config, shard_bytes=shard_bytes)
     fill(path, seed=0, random_bits=0x807F)
     return path
