@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROMPTS = "the prompts"
 """What messages call the file of --prompts."""
-_TOKENS = 1792
+_TOKENS = 768
 """Tokens of text by default."""
 _FEWEST_RANDOM = 256
 
