@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the `--help` of every command: `python docs/generate_cli.py`."""
+"""Write docs/reference/cli.md from the `--help` of every command: `python docs/generate_cli.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 COMMANDS = ("", "convert", "inspect", "verify", "push", "families", "clean", "demo")
-PAGE = Path(__file__).parent / "cli.md"
+PAGE = Path(__file__).parent / "reference" / "cli.md"
 INTRODUCTION = """\
 # CLI reference
 

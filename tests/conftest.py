@@ -436,11 +436,11 @@ def spoil(weights: Path) -> None:
 
 
 def validate_json(command: str, text: str) -> dict[str, Any]:
-    """Return what a command printed with --json, once docs/schema.json allows it."""
+    """Return what a command printed with --json, once docs/reference/schema.json allows it."""
     from jsonschema import Draft202012Validator
 
     value: dict[str, Any] = json.loads(text)  # fails on anything before or after it
-    schema = read_json(Path(__file__).parent.parent / "docs" / "schema.json")
+    schema = read_json(Path(__file__).parent.parent / "docs" / "reference" / "schema.json")
     kind = "error" if value.get("status") == "error" else command
     Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": schema["$defs"]}).validate(value)
     return value

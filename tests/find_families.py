@@ -4,7 +4,7 @@
 
 prints each model type that has no row, no reason in knowledge/refused.json and no place in OTHERS.
 For a TYPE it prints the classes and the tensors of a tiny model, from which you write its row: see
-docs/families.md.
+docs/contributing/families.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from conftest import MakeDense  # noqa: TC002 - pytest reads it
 from shapes import tiny_config, write_hollow
 from smollm2 import load
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "evidence"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from training import claims  # noqa: E402

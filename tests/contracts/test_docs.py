@@ -36,7 +36,7 @@ def test_every_option_of_convert_is_in_the_readme() -> None:
 
 
 def test_links_and_paths_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "tests/README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "tests/README.md", *(ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"

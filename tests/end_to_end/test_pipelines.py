@@ -81,7 +81,7 @@ def test_the_schema_rejects_other_answers() -> None:
 
 
 def test_the_schema_knows_every_support_and_property() -> None:
-    schema = json.loads((ROOT / "docs" / "schema.json").read_text())
+    schema = json.loads((ROOT / "docs" / "reference" / "schema.json").read_text())
     assert sorted(schema["$defs"]["support"]["enum"]) == sorted(Support)
     for kind in ("plan", "growth_plan"):
         plan = schema["$defs"][kind]

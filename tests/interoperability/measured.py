@@ -1,4 +1,4 @@
-"""Makes of the table of docs/interoperability.md what upcycle says of engines.
+"""Makes of the table of docs/evidence/engines.md what upcycle says of engines.
 
     python tests/interoperability/measured.py [--write]
 
@@ -24,7 +24,7 @@ TARGET = REPOSITORY / "upcycle_cli" / "models" / "knowledge" / "engines.json"
 
 def text() -> str:
     """Return what the file says."""
-    return json.dumps(measured(documented("interoperability.md")), indent=1, sort_keys=True) + "\n"
+    return json.dumps(measured(documented("engines.md")), indent=1, sort_keys=True) + "\n"
 
 
 def main(*, write: bool = False) -> None:

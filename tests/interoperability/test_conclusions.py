@@ -196,7 +196,7 @@ def said_of(case: Case) -> tuple[Engine, ...]:
     return known.engines(target_of(case), Routing(case.routing), parts_of(case))
 
 
-TABLE = documented("interoperability.md")
+TABLE = documented("engines.md")
 
 
 def test_the_documentation_has_every_pair_and_every_routing() -> None:

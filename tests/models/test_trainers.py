@@ -25,7 +25,7 @@ from upcycle_cli.models.wrappers import (  # noqa: E402
 )
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
-DOCS = (TESTS.parent / "docs" / "training.md").read_text(encoding="utf-8")
+DOCS = (TESTS.parent / "docs" / "evidence" / "training.md").read_text(encoding="utf-8")
 
 
 def inside(wrapper: str) -> Inside:

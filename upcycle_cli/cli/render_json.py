@@ -1,4 +1,4 @@
-"""The JSON objects that commands print with --json; docs/schema.json describes them."""
+"""The JSON objects that commands print with --json; docs/reference/schema.json describes them."""
 
 from __future__ import annotations
 

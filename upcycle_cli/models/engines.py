@@ -1,13 +1,13 @@
 """Which inference engines run a target and routing correctly, and which trainers train it.
 
 `knowledge/engines.json` holds what upcycled models did in other software. It is generated from the
-table of docs/interoperability.md, which tests/interoperability/run.py printed. Untested
-combinations are not listed. Shipped code is listed by family; what fails for every tested family is
-listed for all of them.
+table of docs/evidence/engines.md, which tests/interoperability/run.py printed. Untested pairs are
+not listed. Shipped code is listed by family; what fails for every tested family is listed for all
+of them.
 
 `knowledge/trainers.json` holds what training upcycled models for a step showed; see
-tests/interoperability/trainers.py and docs/training.md. Untested trainers are not listed. By target
-(all shipped code is one) it has:
+docs/evidence/training.md. Untested trainers are not listed. By target (all shipped code is one) it
+has:
 
 - tried       trainers with the dense model's first loss that returned the model's tensors
 - own_code    trainers with model classes of their own, which read per-expert names only

@@ -271,7 +271,7 @@ _ROWS: Sequence[Target] = (
         # Experts beside an MLP. Each has a norm behind it: the MLP's has a zero weight, so the MLP
         # is small and adds nothing at first; the experts' cancels the factor on their gates. With a
         # factor of √ε, the norm behind both treats small outputs like the dense MLP's: see
-        # docs/decisions.md. The router divides its input by √H, hence its scale.
+        # docs/evidence/decisions.md. The router divides its input by √H, hence its scale.
         model_type="gemma4_text",
         layouts={
             ExpertLayout.FUSED: MoeBlock(

@@ -84,4 +84,4 @@ def _check_keys(path: Path, given: dict[Any, Any], known: tuple[str, ...], at: s
 
 
 def _refused(path: Path, key: str, why: str) -> UpcycleError:
-    return UpcycleError(f"{path}: {key} {why}.", "docs/merging.md lists the keys that are read.")
+    return UpcycleError(f"{path}: {key} {why}.", f"upcycle reads {', '.join(_KNOWN)}.")

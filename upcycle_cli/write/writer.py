@@ -44,7 +44,7 @@ from upcycle_cli.write.file_layout import (
 )
 from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
 
-# Much less than a huge page: docs/decisions.md says why.
+# Much less than a huge page: docs/evidence/decisions.md says why.
 _PIECE_BYTES = 1 << 19
 _FLUSH_SECONDS = 0.02
 _STOP_SECONDS = 0.1

@@ -10,7 +10,7 @@ new tokens; the loss on files that are held out, the load of experts and their d
 measured on the way. Results are in a file as soon as they are there, and the same command goes on
 where it was stopped; a file has results of one commit only.
 
-`--report` makes of that file the figures and the tables of docs/training.md.
+`--report` makes of that file the figures and the tables of docs/evidence/training.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
     threads: int = 1,
     seeds: int = 3,
     only: str = "",
-    results: Path = ROOT / "docs" / "training" / "results.json",
+    results: Path = ROOT / "docs" / "evidence" / "training" / "results.json",
     work: Path = Path("~/.cache/upcycle-training"),
     report: bool = False,
 ) -> None:
@@ -51,7 +51,7 @@ def main(
     if report:
         from training.page import write_page
 
-        write_page(json.loads(results.read_text(encoding="utf-8")), ROOT / "docs")
+        write_page(json.loads(results.read_text(encoding="utf-8")), ROOT / "docs" / "evidence")
         return
     import torch
     import transformers

@@ -1,4 +1,4 @@
-"""The figures of docs/training.md, as SVG."""
+"""The figures of docs/evidence/training.md, as SVG."""
 
 from __future__ import annotations
 

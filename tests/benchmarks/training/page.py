@@ -1,4 +1,4 @@
-"""The part of docs/training.md that says what was measured: written from the results alone."""
+"""Writes the tables of docs/evidence/training.md from the results alone."""
 
 from __future__ import annotations
 

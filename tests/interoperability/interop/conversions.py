@@ -15,7 +15,7 @@ from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE, WRAPPED_TARGETS
 from upcycle_cli.recipe.options import ExpertLayout, Routing
 
-DOCS = Path(__file__).resolve().parents[3] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "evidence"
 EXACT, PLAIN, SIGMOID = (
     str(routing) for routing in (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK)
 )
@@ -81,7 +81,7 @@ def documented(page: str) -> dict[Case, dict[str, str]]:
 
 def cases() -> list[Case]:
     """Return all that is tried in engines."""
-    return [*documented("interoperability.md")]
+    return [*documented("engines.md")]
 
 
 @cache
