@@ -103,8 +103,7 @@ def main(software: list[str] | None = None, only: str = "") -> None:
             for case in trained.training_cases()
             if only in case.name
         }
-        settings = ("", "What to set:", "", *trained.settings_table(), "")
-        sys.exit(run.report("trainers", *trained.measured_tables(answers), *settings))
+        sys.exit(run.report("trainers", *trained.measured_tables(answers)))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_a_models_own_config_decides_what_it_can_become() -> None:
 @pytest.mark.parametrize("name", [name for name, row in DENSE.items() if row.targets])
 def test_the_default_target_runs_in_most_engines_and_is_explained(name: str) -> None:
     family = DENSE[name]
-    text = (ROOT / "docs" / "contributing" / "families.md").read_text("utf-8")
+    text = (ROOT / "docs" / "evidence" / "decisions.md").read_text("utf-8")
     section = text.split("## Which target is the default")[1].split("\n## ")[0]
     reasons = [reason.partition(":") for reason in section.split("\n- ")]
     (why,) = (why for who, _, why in reasons if name in re.findall(r"\w+", who))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS / "interoperability"))
+sys.path[:0] = [str(TESTS / "interoperability"), str(TESTS.parent / "docs")]
 
+import generate_tables  # noqa: E402
 from interop.conversions import Case, documented  # noqa: E402
 from interop.results import NOT_TRIED, Cell, contradiction  # noqa: E402
-from interop.trained import settings_table  # noqa: E402
 
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import trainers  # noqa: E402
@@ -25,7 +26,7 @@ from upcycle_cli.models.wrappers import (  # noqa: E402
 )
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
-DOCS = (TESTS.parent / "docs" / "evidence" / "training.md").read_text(encoding="utf-8")
+REFERENCE = TESTS.parent / "docs" / "reference"
 
 
 def inside(wrapper: str) -> Inside:
@@ -50,9 +51,18 @@ def test_a_wrapped_target_has_settings_of_its_own() -> None:
 MEASURED = documented("training.md")
 
 
-def test_the_documentation_has_every_architecture_and_setting() -> None:
+def test_the_reference_has_every_target_and_setting() -> None:
     assert {*NATIVE, "upcycled"} <= {case.target for case in MEASURED}
-    assert "\n".join(settings_table()) in DOCS
+    for name in generate_tables.PAGES:
+        page = (REFERENCE / name).read_text(encoding="utf-8")
+        assert page == generate_tables.page(name), "run `python docs/generate_tables.py`"
+    assert f"{len(DENSE)} dense model types" in (REFERENCE / "families.md").read_text("utf-8")
+    told = " ".join((REFERENCE / "compatibility.md").read_text("utf-8").split())
+    for target in NATIVE.values():
+        for trainer in trainers(target, target.routings[-1], tied=True, fused=False):
+            for code in re.findall(r"`[^`]+`", f"{trainer.settings} {trainer.precision}"):
+                prefixes = re.findall(r'"([\w.]*experts)[.]', code)
+                assert all(words in told for words in prefixes or [code]), code
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.name)

@@ -49,15 +49,15 @@ PAPER: Mapping[str, Sequence[Comparison]] = {
         *_each("paper", "none", GROUPED),
     ),
     "softmax-then-topk beats topk-then-softmax": _each("softmax-topk τ=1 paper", ""),
-    "finer experts are better, as many parameters being active": [Comparison("E8G8T16", "E8G1T2")],
-    "a higher T is better, and costs more": [Comparison("E8G8T16", "E8G8T8")],
+    "finer experts are better, with equal active parameters": [Comparison("E8G8T16", "E8G1T2")],
+    "a higher T is better": [Comparison("E8G8T16", "E8G8T8")],
     "virtual groups help": _each("", "no virtual groups", GROUPED),
     "an aux loss helps": _each("", "no aux loss"),
     "without an aux loss the load is uneven, and experts die": (
         *_each("", "no aux loss", measure="idle_experts"),
         *_each("", "no aux loss", measure="load_cv"),
     ),
-    "the learning rate is to be reset to its peak": (
+    "resetting the learning rate to its peak helps": (
         *_each("", "learning rate not reset"),
         Comparison(DENSE, "dense, learning rate not reset"),
     ),

@@ -66,23 +66,23 @@ def _about(results: Mapping[str, Any], runs: Runs) -> Iterator[str]:
     )
     yield (
         f"- text: {text['package']}, {text['files']} files, {text['bytes'] / 1e6:.1f} MB, "
-        f"{text['held_out_files']} of them held out; the loss is that of "
-        f"{text['held_out_tokens']:,} tokens of these"
+        f"{text['held_out_files']} of them held out; losses are measured on "
+        f"{text['held_out_tokens']:,} tokens of those"
     )
     yield (
         f"- dense model: {model}; {dense['parameters']:,} parameters, {scale['pretraining']:,} "
         f"tokens of pretraining, loss {dense['loss']:.4f}"
     )
     yield (
-        f"- then {scale['continued']:,} tokens in {steps} steps, AdamW, peak {scale['peak']:g} and "
-        "a cosine to a tenth of it; a balancing loss of 0.01 for each layer by itself; float32"
+        f"- training: {scale['continued']:,} tokens in {steps} steps; AdamW in float32; a cosine "
+        f"from {scale['peak']:g} to a tenth of it; balancing loss of each layer × 0.01"
     )
-    yield f"- seeds: {seeds}, of the conversion and of the order of the data"
+    yield f"- {seeds} seeds, each for the conversion and the order of the data"
 
 
 def _paper(runs: Runs) -> Iterator[str]:
-    measured = "measured: first against second"
-    yield header("the paper's claim", measured, "first is lower by", "here")
+    measured = "first against second"
+    yield header("the paper's claim", measured, "first is lower by", "measured")
     for claim, comparisons in PAPER.items():
         found = [difference(runs, each) for each in comparisons]
         verdicts = [verdict(each) for each in found]
@@ -97,7 +97,7 @@ def _paper(runs: Runs) -> Iterator[str]:
 
 
 def _choices(runs: Runs) -> Iterator[str]:
-    yield header("first", "second", "first is lower by", "trains better")
+    yield header("first", "second", "first is lower by", "lower")
     for each in CHOICES:
         spread = difference(runs, each)
         if spread is not None:
@@ -113,10 +113,10 @@ def _over_time(runs: Runs, shares: Sequence[float]) -> Iterator[str]:
 
 
 def _arms(runs: Runs) -> Iterator[str]:
-    losses = ("loss at first", "at the end", "lower than dense by", "at equal FLOPs by")
+    losses = ("first loss", "last loss", "lower than dense by", "at equal FLOPs by")
     yield header("arm", "FLOPs", *losses, "load: CV", "never chosen", "split groups", "apart")
     dense_flops = next(iter(runs[DENSE].values()))["flops_per_token"]
-    verdicts: dict[str, list[str]] = {}
+    at_tokens, at_flops = dict[str, list[str]](), dict[str, list[str]]()
     for arm in (name for name in ARMS if name in runs):
         run, last = next(iter(runs[arm].values())), spread_of(runs, arm)
         error = "" if math.isnan(last.standard_error) else f" ± {last.standard_error:.4f}"
@@ -124,7 +124,8 @@ def _arms(runs: Runs) -> Iterator[str]:
             difference(runs, Comparison(arm, other)) for other in (DENSE, DENSE_AS_LONG)
         )
         if ARMS[arm].recipe:
-            verdicts.setdefault(verdict(at_equal_flops), []).append(arm)
+            at_tokens.setdefault(verdict(lower), []).append(arm)
+            at_flops.setdefault(verdict(at_equal_flops), []).append(arm)
         yield row(
             arm,
             f"{run['flops_per_token'] / dense_flops:.2f} ×",
@@ -135,13 +136,13 @@ def _arms(runs: Runs) -> Iterator[str]:
             *_experts(runs, arm, run["curve"][-1]),
         )
     yield ""
-    counts = {said: len(arms) for said, arms in verdicts.items()}
-    hints = f", {counts['a hint']} are hints" if "a hint" in counts else ""
-    yield (
-        f"At equal FLOPs {counts.get('yes', 0)} of {sum(counts.values())} ways to convert and "
-        f"train ended lower than the dense model and {counts.get('no', 0)} higher{hints}. "
-        f"Not decided: {'; '.join(verdicts.get('not decided', ['none']))}."
-    )
+    total = sum(map(len, at_flops.values()))
+    for what, found in (("tokens", at_tokens), ("FLOPs", at_flops)):
+        yield (
+            f"At equal {what}, {len(found.get('yes', ()))} of {total} ways to convert and train "
+            f"ended lower than continued dense training and {len(found.get('no', ()))} higher."
+        )
+    yield f"Not decided at equal FLOPs: {'; '.join(at_flops.get('not decided', ['none']))}."
 
 
 def _experts(runs: Runs, arm: str, last: Mapping[str, Any]) -> Sequence[str]:

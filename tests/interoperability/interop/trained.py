@@ -14,12 +14,7 @@ from interop.models import TINY, make_model
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from interop.wrapped import WRAPPED, make_wrapped
-from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import DIFFERS, SAME, trainers
-from upcycle_cli.models.lookup import native_target, shipped_target
-from upcycle_cli.models.moe import Target
-from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
+from upcycle_cli.models.engines import DIFFERS, SAME
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
 _TIED: Mapping[str, Any] = {**TINY, "tie_word_embeddings": True}
@@ -94,48 +89,6 @@ def judge(answer: Mapping[str, Any], dense_loss: float, case: Case) -> Cell:
         wrong = answer["wrong"]
         return Cell(DIFFERS, f"{len(wrong)} tensors do not come back, as {wrong[0]}")
     return Cell(SAME)
-
-
-def settings_table() -> list[str]:
-    """Return what upcycle says is to be set, as lines of Markdown: a row for each thing to say."""
-    anyone = shipped_target(DENSE["nemotron"], "relu2", biased=False)
-    targets = (*NATIVE.values(), *_inside(), anyone)
-    routings = {target.title: target.routings for target in targets}
-    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
-    precision = {}
-    for target in targets:
-        for routing in target.routings:
-            own, tied = (
-                trainers(target, routing, tied=tied, fused=False) for tied in (False, True)
-            )
-            for trainer, with_tied in zip(own, tied, strict=True):
-                precision[trainer.name] = trainer.precision
-                if trainer.name == "peft" and target.ships_code:
-                    continue  # the names of its experts are the family's
-                settings = with_tied.settings  # all of the other's, and what else there is
-                if with_tied.support is not trainer.support:
-                    settings += f"; where the head shares the embedding: {with_tied.support}"
-                row = rows.setdefault((trainer.name, settings), {})
-                row.setdefault(target.title, []).append(routing)
-    lines = ["| trainer | architecture | what to set |", "|---|---|---|"]
-    order = [software.name for software in TRAINERS]
-    for (name, settings), models in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
-        shown = [
-            model if len(found) == len(routings[model]) else f"{model} with {found[0]}"
-            for model, found in models.items()
-        ]
-        lines.append(f"| {name} | {', '.join(shown)} | {settings} |")
-    lines += ["", "| trainer | master weights in float32 |", "|---|---|"]
-    lines += [f"| {name} | {precision[name]} |" for name in order if name in precision]
-    return [line.replace(anyone.model_type, "upcycled") for line in lines]
-
-
-def _inside() -> list[Target]:
-    return [
-        native_target(name, Inside(wrapper, IN_MEMORY_PREFIXES))
-        for wrapper in WRAPPERS.values()
-        for name in wrapper.natives
-    ]
 
 
 Answers = Mapping[Case, Mapping[str, Mapping[str, Any]]]

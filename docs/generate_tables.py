@@ -1,0 +1,128 @@
+"""Write the tables of docs/reference from what upcycle knows: `python docs/generate_tables.py`.
+
+A table lies between two comments of its page, `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from upcycle_cli.models.defaults import table
+from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.engines import FUSED, SCALED, TIED, Support, engines, trainers
+from upcycle_cli.models.lookup import native_target, shipped_target
+from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_rows import NATIVE
+from upcycle_cli.models.overview import overview
+from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
+from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
+
+FOLDER = Path(__file__).parent / "reference"
+PAGES = ("families.md", "compatibility.md")
+_TABLE = re.compile(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", re.DOTALL)
+_ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
+_USUAL_TRAINERS = ("transformers", "TRL", "peft")
+_WORDS = {
+    Support.RUNS: "yes",
+    Support.REFUSES: "no",
+    Support.WRONG: "wrong",
+    Support.WRONG_ON_CPU: "wrong on CPU",
+    Support.UNTIED_ONLY: "untied",
+    Support.UNTIED_OR_WRONG: "untied, or wrong",
+    Support.BALANCED_OR_WRONG: "`--scale-split balanced`, or wrong",
+}
+
+
+def page(name: str) -> str:
+    """Return a page with its tables as they should be."""
+    text = (FOLDER / name).read_text(encoding="utf-8")
+
+    def renewed(found: re.Match[str]) -> str:
+        return "\n".join([found[1], *_TABLES[found[2]](), found[3]])
+
+    return _TABLE.sub(renewed, text)
+
+
+def _dense() -> Iterator[str]:
+    yield from _header("dense model type", "targets (default first)")
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, targets in overview().dense.items():
+        alike.setdefault(targets, []).append(name)
+    for targets, names in sorted(alike.items(), key=lambda item: item[1]):
+        yield _row(", ".join(names), ", ".join(targets))
+
+
+def _wrappers() -> Iterator[str]:
+    yield from _header("model", "its text model", "targets (default first)")
+    for wrapper, texts in overview().wrappers.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for text, targets in texts.items():
+            alike.setdefault(targets, []).append(text)
+        for targets, names in alike.items():
+            yield _row(wrapper, ", ".join(names), ", ".join(targets))
+
+
+def _targets() -> Iterator[str]:
+    yield from _header("target", "routings (default first)", "MoE layers", "shared experts")
+    for target in overview().targets:
+        yield _row(target.name, ", ".join(target.routings), target.layers, target.shared_experts)
+
+
+def _software() -> Iterator[str]:
+    yield from _header("target", *_ENGINES, "also trained by", "balancing loss")
+    inside = [
+        native_target(name, Inside(wrapper, IN_MEMORY_PREFIXES))
+        for wrapper in WRAPPERS.values()
+        for name in wrapper.natives
+    ]
+    shipped = shipped_target(DENSE["olmo2"], "silu", biased=False)
+    for target in (*NATIVE.values(), *inside, shipped):
+        name = SHIPPED if target.ships_code else target.title
+        others = {
+            trainer.name: None
+            for routing in target.routings
+            for trainer in trainers(target, routing, tied=False, fused=False)
+            if trainer.name not in _USUAL_TRAINERS
+        }
+        loss = "yes" if target.has_balancing_loss else "no"
+        cells = (_engine(target, engine) for engine in _ENGINES)
+        yield _row(name, *cells, ", ".join(others), loss)
+
+
+def _engine(target: Target, name: str) -> str:
+    """Return what an engine makes of a target as convert writes it, by routing if they differ."""
+    usual = [SCALED] * (target.keys.scale is not None)
+    usual += [FUSED] * (target.layout(None) is ExpertLayout.FUSED)
+    words = {}
+    for routing in target.routings:
+        found = [
+            {each.name: each.support for each in engines(target.title, routing, parts)}.get(name)
+            for parts in (usual, [*usual, TIED])
+        ]
+        support = found[1] if found[0] is Support.RUNS else found[0]
+        if support is not None:
+            words[routing] = _WORDS[support]
+    if not words:  # that transformers 4 runs a target is not listed
+        tested = table("engines").get(target.title, {}) or target.ships_code
+        return "yes" if name == "transformers 4" and tested else "–"
+    if len(words) == len(target.routings) and len({*words.values()}) == 1:
+        return next(iter(words.values()))
+    return "; ".join(f"{routing}: {word}" for routing, word in words.items())
+
+
+def _header(*names: str) -> tuple[str, str]:
+    return _row(*names), f"|{'---|' * len(names)}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+_TABLES = {"dense": _dense, "wrappers": _wrappers, "targets": _targets, "software": _software}
+
+
+if __name__ == "__main__":
+    for each in PAGES:
+        (FOLDER / each).write_text(page(each), encoding="utf-8")
