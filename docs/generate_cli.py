@@ -12,7 +12,7 @@ PAGE = Path(__file__).parent / "reference" / "cli.md"
 INTRODUCTION = """\
 # CLI reference
 
-Generated from `--help` by `python docs/generate_cli.py`; a test checks that it is current.
+Generated from `--help-all` by `python docs/generate_cli.py`; a test checks that it is current.
 
 Data goes to stdout, talk to stderr; `--json` prints one JSON object on stdout and nothing else.
 Exit codes: 0 done, 1 a verification failed, 2 bad usage, input or resource, 70 a bug in upcycle,
@@ -30,7 +30,7 @@ def page() -> str:
 
 
 def _help(command: str) -> str:
-    arguments = [sys.executable, "-m", "upcycle_cli", *command.split(), "--help"]
+    arguments = [sys.executable, "-m", "upcycle_cli", *command.split(), "--help-all"]
     environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
     for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):  # a CI system may force colour
         environment.pop(name, None)

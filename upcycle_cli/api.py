@@ -146,7 +146,7 @@ def preview(
             return plan, [f"{output} is already what this command makes."]
         check_before(plan, output, overwrite=overwrite)
     except UpcycleError as error:
-        return plan, [f"without --dry-run this is refused: {' '.join(str(error).split())}"]
+        return plan, [f"converting would be refused: {' '.join(str(error).split())}"]
     if not partial_of(output).exists():
         return plan, []
     return plan, [f"{partial_of(output)} exists: its finished files of this conversion are used."]
@@ -208,8 +208,8 @@ def _make_plan(request: Request, hooks: Hooks, team: Team) -> Plan:
                 merge=None if request.merge is None else request.merge.open(source),
             )
         if request.merge is not None or request.positive_prompts is not None:
-            words = "--expand copies the experts of an MoE; it cannot add those of other models."
-            raise UpcycleError(words, "Leave out --experts-from.")
+            words = "an MoE grows by copies of its own experts, not by other models' experts."
+            raise UpcycleError(words, "Leave out `experts_from`.")
         from upcycle_cli.plan.expand import build_growth
 
         return build_growth(request.recipe, source, request.options)

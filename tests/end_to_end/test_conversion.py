@@ -170,7 +170,7 @@ def test_a_changed_source_or_recipe_needs_overwrite(llama: Path, tmp_path: Path)
     spoil(dense / "model.safetensors")  # the same size and header: another model
     os.utime(dense / "model.safetensors")
     for recipe in (RECIPE, TWICE):
-        with pytest.raises(UpcycleError, match="--overwrite"):
+        with pytest.raises(UpcycleError, match="`overwrite=True`"):
             convert(dense, tmp_path / "moe", recipe)
         assert not convert(dense, tmp_path / "moe", recipe, overwrite=True).already_done
     assert read_json(tmp_path / "moe" / "config.json")["num_local_experts"] == 8
@@ -184,7 +184,7 @@ def begun(output: Path, dense: Path) -> None:
     stopped_after(build_plan(RECIPE, open_checkpoint(dense)), output, 0)
 
 
-REFUSED = "without --dry-run this is refused: "
+REFUSED = "converting would be refused: "
 PREVIEWS: list[tuple[Callable[[Path, Path], object], bool, str | None]] = [
     (lambda *_: None, False, None),
     (lambda output, dense: convert(dense, output, RECIPE), False, "is already what this command"),
@@ -267,7 +267,7 @@ def test_callbacks_receive_every_step_in_order(llama: Path, tmp_path: Path) -> N
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 VANISHED = (
-    f"93 % of {DOWN} becomes zero in float16, which has nothing as small: use --dtype bfloat16 or "
+    f"93 % of {DOWN} becomes zero in float16, which has nothing as small: use `dtype` bfloat16 or "
     "float32."
 )
 

@@ -578,4 +578,4 @@ def test_trained_weights_are_one_sentence(
     [words] = report.checks[1].failures
     assert "these weights were trained: " in words
     assert "tensors changed, mean relative change 0.0" in words
-    assert "upcycle inspect --weights --dense" in words
+    assert "`upcycle inspect`, with `weights` and `dense`" in words

@@ -57,7 +57,7 @@ PHI3 = {"model_type": "phi3", **SIZES}
 NEMOTRON_H = {"model_type": "nemotron_h", **sizes_of("nemotron_h")}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 LONGROPE = {"type": "longrope", "short_factor": [1], "long_factor": [2]}
-ONLY_CODE = "upcycled can: pass --target upcycled."
+ONLY_CODE = "upcycled can: use `target` upcycled."
 NONE = "No target can yet."
 LLAMA_TARGETS = "mixtral, qwen2_moe, glm4_moe, solar_open, upcycled."
 
@@ -65,20 +65,20 @@ LLAMA_TARGETS = "mixtral, qwen2_moe, glm4_moe, solar_open, upcycled."
 @pytest.mark.parametrize(
     ("config", "target", "routing", "words", "hint"),
     [
-        (tiny_config("llama"), "gpt_moe", None, "llama cannot become gpt_moe", LLAMA_TARGETS),
-        (tiny_config("qwen2"), "mixtral", None, "cannot become mixtral.", "Choose --target from"),
-        (tiny_config("llama"), "mixtral", SOFTMAX, "it has no softmax-topk", "--target qwen2_moe."),
+        (tiny_config("llama"), "gpt_moe", None, "unknown target 'gpt_moe'", LLAMA_TARGETS),
+        (tiny_config("qwen2"), "mixtral", None, "cannot become mixtral.", "Choose `target` from"),
+        (tiny_config("llama"), "mixtral", SOFTMAX, "it has no softmax-topk", "`target` qwen2_moe."),
         (tiny_config("llama", attention_bias=True), "glm4_moe", None, "o_proj has no", ONLY_CODE),
         (tiny_config("llama", mlp_bias=True), "mixtral", None, "experts have none", ONLY_CODE),
         (NEMOTRON_H | {"layers_block_type": ["full_attention"]}, "auto", None, "no layer", NONE),
         (NEMOTRON_H, "auto", RENORMALISED, "it has no topk-softmax routing", NONE),
-        (tiny_config("qwen3", **MIXED), "qwen3_moe", None, "only some layers", "--target dots1."),
+        (tiny_config("qwen3", **MIXED), "qwen3_moe", None, "only some layers", "`target` dots1."),
         (
             tiny_config("qwen3", **MIXED),
             "glm4_moe",
             None,
             "the target supports none",
-            "--target dots1.",
+            "`target` dots1.",
         ),
         *(
             (PHI3 | settings, "mixtral", None, words, ONLY_CODE)

@@ -264,7 +264,7 @@ def test_refuse_tensors_that_the_config_does_not_imply(
     [
         (("--expand", "2000"), "makes 8000 experts per layer of 4"),
         (("--expand", "2", "-T", "9", "--allow-inexact"), "top-k 9 is more than the 8 experts"),
-        (("--expand", "2", "--top-k", "2"), "Leave out --top-k, which then is 4"),
+        (("--expand", "2", "--top-k", "2"), "Leave out --top-k to use 4"),
         (("--expand", "2", "-r", "E2G2T2"), "--recipe"),
         (("--expand", "2", "--target", "qwen3_moe"), "--target"),
         (("--expand", "2", "--expert-layout", "stacked"), "qwen3_moe has no stacked layout"),

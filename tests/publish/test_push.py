@@ -99,7 +99,7 @@ def test_push_to_a_branch_a_private_repo_and_a_pull_request(
 
 
 def test_refuse_an_impossible_destination() -> None:
-    with pytest.raises(UpcycleError, match="--create-pr"):
+    with pytest.raises(UpcycleError, match="`create_pr`"):
         Destination(repo=MOE, create_pr=True, revision="x")
     with pytest.raises(UpcycleError, match="the revision is empty"):
         Destination(repo=MOE, revision="")

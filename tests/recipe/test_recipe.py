@@ -40,8 +40,8 @@ def test_parse_the_papers_notation() -> None:
         ({"granularity": 0}, "granularity (G) must be at least 1, not 0"),
         ({"top_k": 0}, "top-k (T) must be at least 1, not 0"),
         ({"top_k": 9, "allow_inexact": True}, "Use a top-k of at most 4"),
-        ({"top_k": 3}, "Use a top-k of 2 or 4, or pass --allow-inexact"),
-        ({"top_k": 1}, "Use a top-k of 2, or pass --allow-inexact"),
+        ({"top_k": 3}, "Use a top-k of 2 or 4, or pass `allow_inexact=True`"),
+        ({"top_k": 1}, "Use a top-k of 2, or pass `allow_inexact=True`"),
         ({"expansion": 4097}, "At most 4096"),
         ({"shared_experts": 2}, "fewer than G"),
         ({"scaling": 0.0}, "the scale must be a positive number"),
@@ -104,7 +104,7 @@ def test_a_granularity_must_divide_the_intermediate_size() -> None:
         assert caught.value.hint == f"Try {near}."
     with pytest.raises(UpcycleError, match="rounds to 0 neurons") as caught:
         make_recipe("E2G2T2", reinit=0.01).check_width(12)
-    assert caught.value.hint == "Use a --reinit of at least 0.0833."
+    assert caught.value.hint == "Use a `reinit` of at least 0.0833."
 
 
 # Promises ----------------------------------------------------------------------------------------

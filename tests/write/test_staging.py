@@ -90,7 +90,7 @@ def test_another_plan_is_refused(dense: Path, output: Path, change: str) -> None
         other, recipe, max_shard_bytes=SHARD_BYTES + 1000 * (change == "shard size")
     )
     left = engine.contents(partial_of(output))
-    with pytest.raises(UpcycleError, match=r"another recipe or source(?s:.*)--overwrite.*clean"):
+    with pytest.raises(UpcycleError, match=r"another recipe or source(?s:.*)overwrite=True.*clean"):
         engine.execute(changed, output)
     assert engine.contents(partial_of(output)) == left
     assert engine.execute(changed, output, overwrite=True).reused_bytes == 0

@@ -141,8 +141,8 @@ def _text(source: Checkpoint, text: CalibrationText) -> _Tokens:
     if not texts:
         raise UpcycleError(
             f"a calibration needs text as tokens: {reason}.",
-            "Put the model's tokenizer beside it, or use --router-init normal and --neuron-order "
-            "sliced without --calibration.",
+            "Put the model's tokenizer beside it, or use `router_init` normal and `neuron_order` "
+            "sliced without `calibration`.",
         )
     tokens = [token for share in shares(texts, TOKENS) for token in share]
     if len(tokens) < _FEWEST:

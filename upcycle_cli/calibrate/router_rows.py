@@ -63,7 +63,7 @@ def centroids(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Arra
         raise UpcycleError(
             f"{rows} clusters of a layer's inputs need {rows} tokens, and the text has "
             f"{positions}.",
-            "Give --calibration more text, or use --router-init balanced.",
+            "Give `calibration` more text, or use `router_init` balanced.",
         )
     seen_PH = _without(inputs_PH - inputs_PH.mean(0), _common(inputs_PH, stream, draw))
     seen_PH /= np.maximum(np.linalg.norm(seen_PH, axis=1, keepdims=True), np.finfo(float).tiny)
@@ -140,7 +140,7 @@ def _scaled(rows_EH: Array, inputs_PH: Array, recipe: Recipe, stream: str) -> Ar
         raise UpcycleError(
             f"the text gives every token the same input ({stream}), so no router can tell "
             "them apart.",
-            "Give --calibration another text.",
+            "Give `calibration` another text.",
         )
     scaled: Array = rows_EH * ((recipe.router_logit_std or 1.0) / std_E[:, None])
     return scaled

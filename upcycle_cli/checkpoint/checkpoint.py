@@ -301,7 +301,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     # The methods of Path raise OSError for some names.
     if not os.path.isdir(path):  # noqa: PTH112
         problem = "is not a directory" if os.path.exists(path) else "does not exist"  # noqa: PTH110
-        hint = "Give the directory of a Hugging Face checkpoint, which holds config.json."
+        hint = "Give the directory of a checkpoint (with config.json), or ORG/NAME on the Hub."
         raise UpcycleError(f"{path} {problem}.", hint)
     return open_storage(Storage(path))
 

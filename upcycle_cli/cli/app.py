@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from upcycle_cli.cli import process, terminal
+from upcycle_cli.cli.help import FLAGS, PlainCommand, PlainGroup
+from upcycle_cli.core.text import did_you_mean
 
 _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
 
@@ -22,7 +24,7 @@ _UsageError: Any = next(
 )
 
 
-class Commands(TyperGroup):
+class Commands(PlainGroup):
     """The commands, each imported when it is called; errors become exit codes."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 - as typer has them
@@ -33,8 +35,8 @@ class Commands(TyperGroup):
         """Import a command and its options."""
         if cmd_name in self.commands and not self.commands[cmd_name]:
             module = import_module(f"upcycle_cli.cli.commands.{cmd_name}")
-            alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-            alone.command()(_with_exit_codes(getattr(module, cmd_name)))
+            alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+            alone.command(cls=PlainCommand)(_with_exit_codes(getattr(module, cmd_name)))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return super().get_command(ctx, cmd_name)
 
@@ -57,13 +59,28 @@ class Commands(TyperGroup):
             code = ending.exit_code
         except _UsageError as error:
             code = process.EXIT_ERROR
-            if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
-                words, context = " ".join(error.format_message().split()), error.ctx
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.format_message(), err=True)
+            else:
+                words, context = _mistake(error).strip(), error.ctx
                 usage = context and f"{context.get_usage()}\nSee `{context.command_path} --help`."
                 terminal.say_error(words, usage)
         except SystemExit as ending:  # a library's 1 does not mean that a verification failed
             code = process.EXIT_ERROR if ending.code else 0
         sys.exit(code)
+
+
+def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
+    """Return what is wrong with a command line, with the closest option or choice."""
+    words = " ".join(error.format_message().split())
+    if type(error).__name__ == "NoSuchOption":
+        flags = [flag for each in error.ctx.command.params for flag in each.opts]
+        return f"there is no option {error.option_name}. {did_you_mean(error.option_name, flags)}"
+    if "is not one of" in words:
+        value, *choices = re.findall(r"'([^']*)'", error.message)
+        known = f"Choose from {', '.join(choices)}."
+        return f"{error.param.opts[0]} cannot be {value!r}. {did_you_mean(value, choices) or known}"
+    return re.sub(r", unable to parse .*", ".", words)  # pydantic's words
 
 
 def _with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
@@ -83,9 +100,9 @@ app = typer.Typer(
     name="upcycle",
     cls=Commands,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": FLAGS},
 )
 
 
@@ -96,7 +113,8 @@ def _root(
 ) -> None:
     """Turn a dense Hugging Face checkpoint into a Mixture of Experts, and prove it.
 
-    Start with [bold]upcycle demo[/bold], which needs no model and no network.
+    Start with `upcycle demo`, which needs no model and no network. Every option can also be set by
+    an environment variable: UPCYCLE_CONVERT_RECIPE=E8G1T2 stands for --recipe E8G1T2.
     """
     # Options can be set as UPCYCLE_CONVERT_RECIPE; UPCYCLE_VERSION is left alone, since other
     # tools are likely to set it.

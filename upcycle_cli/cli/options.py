@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from upcycle_cli.recipe.recipe import ExpertLayout, ScaleSplit
 RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
+_PATHS = {"FILE", "MODEL", "FILE|builtin"}
+"""The metavars of options that take a path."""
 _TABLE = tomllib.loads(Path(__file__).with_name("options.toml").read_text(encoding="utf-8"))
 
 
@@ -26,13 +29,41 @@ def options_of(command: str) -> Callable[..., Any]:
 
     def declare(name: str, default: object, **settings: Any) -> Any:  # noqa: ANN401 - typer's
         row = rows[name] | settings
+        row.pop("more", None)
         if metavar := row.pop("argument", None):
             return typer.Argument(default, metavar=metavar, **row)
         flags, panel = row.pop("flags", ()), row.pop("panel", None)
-        # Every option can also be set by a variable; naming it would double the length of --help.
-        return typer.Option(default, *flags, rich_help_panel=panel, show_envvar=False, **row)
+        if row.get("metavar") in _PATHS:
+            row.setdefault("parser", read_path)
+        return typer.Option(default, *flags, rich_help_panel=panel, **row)
 
     return declare
+
+
+def is_rare(command: str, name: str) -> bool:
+    """Whether only --help-all shows an option of a command."""
+    for table in (command, "common", "moe"):
+        if row := _TABLE.get(table, {}).get(name):
+            return row.get("more") is True or command in (row.get("more") or ())
+    return False
+
+
+_ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
+
+
+def with_flags(text: str) -> str:
+    """Return a message with flags for the arguments that it names: `top_k` becomes --top-k."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        rows = [rows[name] for rows in _TABLE.values() if name in rows]
+        if not rows:
+            return match[0]
+        names = (rows[0].get("flags") or [f"--{name.replace('_', '-')}"])[0].split("/")
+        shown = rows[0].get("argument") or names[-1 if value == "False" else 0].strip()
+        return shown if value in {None, "True", "False"} else f"{shown} {value}"
+
+    return _ARGUMENT.sub(flag, text)
 
 
 def read_path(text: str) -> Path:
@@ -56,27 +87,27 @@ class MoeOptions:
     """The options that describe the MoE to make; convert and inspect take them."""
 
     recipe: str | None = _moe("recipe", None)
-    expansion: int | None = _moe("expansion", None)
-    granularity: int | None = _moe("granularity", None)
-    top_k: int | None = _moe("top_k", None)
     expand: int | None = _moe("expand", None)
     target: str = _moe("target", "auto")
     routing: RoutingName = _moe("routing", "auto")
     layers: str | None = _moe("layers", None)
+    shared_experts: int = _moe("shared_experts", 0)
+    expansion: int | None = _moe("expansion", None)
+    granularity: int | None = _moe("granularity", None)
+    top_k: int | None = _moe("top_k", None)
+    router_init: str = _moe("router_init", "normal")
+    calibration: Path | None = _moe("calibration", None)
+    seed: int = _moe("seed", 0)
     scaling: str = _moe("scaling", "exact")
     scale_split: ScaleSplit | None = _moe("scale_split", None)
     virtual_groups: bool = _moe("virtual_groups", True)
-    shared_experts: int = _moe("shared_experts", 0)
+    router_logit_std: float | None = _moe("router_logit_std", None)
     neuron_order: str = _moe("neuron_order", "sliced")
     noise: float = _moe("noise", 0.0)
     reinit: float = _moe("reinit", 0.0)
-    router_init: str = _moe("router_init", "normal")
-    calibration: str | None = _moe("calibration", None)
-    router_logit_std: float | None = _moe("router_logit_std", None)
-    seed: int = _moe("seed", 0)
     dtype: Dtype = _moe("dtype", "auto")
-    expert_layout: ExpertLayout | None = _moe("expert_layout", None)
     max_shard_size: str = _moe("max_shard_size", "5GB")
+    expert_layout: ExpertLayout | None = _moe("expert_layout", None)
     untie_embeddings: bool = _moe("untie_embeddings", False)
 
 

@@ -13,6 +13,7 @@ import typer  # noqa: TC002 - it reads the annotations of a callback
 
 from upcycle_cli.cli.options import MoeOptions, read_path
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.text import did_you_mean
 from upcycle_cli.recipe.recipe import (
     Growth,
     NeuronOrder,
@@ -152,11 +153,13 @@ def needs_recipe(context: typer.Context) -> bool:
 
 def file_of(value: str, names: type[StrEnum]) -> Path | None:
     """Return the path that an option has in place of a name; UpcycleError if no file is there."""
-    known = [name for name in names if name != "file"]
-    if value not in known and not Path(value).is_file():
-        hint = f"Give one of {', '.join(known)}, or a safetensors file."
-        raise UpcycleError(f"there is no file {value}.", hint)
-    return None if value in known else Path(value)
+    if value in {*names} - {"file"}:
+        return None
+    if not Path(value).is_file():
+        choices = [name for name in names if name not in {"file", "prompts"}]
+        words = f"'{value}' is not a safetensors file, nor one of {', '.join(choices)}."
+        raise UpcycleError(words, did_you_mean(value, choices))
+    return Path(value)
 
 
 def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
@@ -286,8 +289,8 @@ def _scaling(text: str) -> str | float:
     try:
         return float(text)
     except ValueError:
-        words = f"--scaling '{text}' is not exact, paper, none, measured or a number."
-        raise UpcycleError(words) from None
+        words = f"--scaling '{text}' is not a number, nor one of {', '.join(Scaling)}."
+        raise UpcycleError(words, did_you_mean(text, Scaling)) from None
 
 
 def _count(flag: str, text: str | None) -> int | None:

@@ -20,6 +20,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from upcycle_cli.cli.options import with_flags
 from upcycle_cli.cli.process import EXIT_ERROR, StoppedError, stopped
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
 from upcycle_cli.core.text import blotted, printable, printable_lines
@@ -48,12 +49,12 @@ def stderr() -> Console:
 
 
 def rows_table(rows: Iterable[tuple[str | Text, Sequence[str]]]) -> Table:
-    """Return a table of labels, each with the lines that describe it."""
+    """Return a table of labels, each with the lines that describe it, with flags for arguments."""
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, lines in rows:
-        table.add_row(label, Text("\n".join(map(printable, lines))))
+        table.add_row(label, Text("\n".join(printable(with_flags(line)) for line in lines)))
     return table
 
 
@@ -81,7 +82,7 @@ def warn(*texts: str) -> None:
     """Print notes to stderr: they are not errors, but the user should know them."""
     console = stderr()
     for text in texts:
-        note = Text.assemble(("note:", "yellow"), " ", printable(blotted(text)))
+        note = Text.assemble(("note:", "yellow"), " ", printable(blotted(with_flags(text))))
         if console.is_terminal:
             show(note, to=console)
         else:  # whole lines in a log can be searched
@@ -120,13 +121,23 @@ def _json_value(value: object) -> object:
     """Return a value without passwords, and with None for numbers that JSON does not have."""
     match value:
         case dict():
-            return {_valid(key): _json_value(item) for key, item in value.items()}
+            return {_valid(key): _json_value(_sentences(key, item)) for key, item in value.items()}
         case list() | tuple():
             return [_json_value(item) for item in value]
         case str():
             return _valid(blotted(value))
         case float() if not math.isfinite(value):
             return None
+    return value
+
+
+def _sentences(key: str, value: object) -> object:
+    """Return a value of JSON; those that are sentences get flags for the arguments they name."""
+    match key, value:
+        case ("warnings" | "failures", list()):
+            return [with_flags(text) for text in value]
+        case ("detail", str()):
+            return with_flags(value)
     return value
 
 
@@ -155,7 +166,7 @@ def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[Non
         found = known
     if silent:
         raise typer.Exit(code)
-    message, hint = found.message, found.hint
+    message, hint = with_flags(found.message), with_flags(found.hint or "") or None
     if as_json:
         print_json({"status": "error", "exit_code": code, "message": message, "hint": hint})
     fail(message, code, hint)

@@ -94,8 +94,10 @@ def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
             if durable:
                 make_durable(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = os.fspath(path)  # the name that the user knows
         raise
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST = 4  # a shorter token is part of words
@@ -44,6 +45,12 @@ def any_of(names: Iterable[object]) -> str:
     """Return a choice in words: 1, 2 or 4."""
     *others, last = map(str, names)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """Return a question about the choice closest to a mistyped one; empty if none is close."""
+    found = get_close_matches(value, [*choices], n=1)
+    return f"Did you mean {found[0]}?" if found else ""
 
 
 def counted(number: int, noun: str) -> str:

@@ -73,7 +73,7 @@ def measure_expert_load(
         if not texts:
             raise UpcycleError(
                 f"measuring the experts' load needs a tokenizer: {reason}.",
-                "Put the tokenizer beside the model, or give its --dense model.",
+                "Put the tokenizer beside the model, or name its dense model with `dense`.",
             )
         tokens = [token for share in shares(texts, TOKENS) for token in share]
         with moe.reader() as reader:

@@ -114,7 +114,7 @@ def inspect(
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
     if weights or text is not None:
-        hint = f"Leave out {'--weights' if weights else '--load'}."
+        hint = f"Leave out `{'weights' if weights else 'load'}`."
         raise UpcycleError(f"{path} is a dense model without experts.", hint)
     from upcycle_cli.models.overview import becomes
 
@@ -160,7 +160,7 @@ def _inspect_moe(
             raise UpcycleError(
                 f"{checkpoint.path} has experts of several models by its {RECORD_NAME}, and only "
                 f"{sources[0].path} is given.",
-                "Give the others with --experts-from, once for each.",
+                "Name all of them with `experts_from`.",
             )
         from upcycle_cli.inspection.experts import examine_weights
 

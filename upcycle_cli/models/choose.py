@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.text import did_you_mean
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel, Pieces
 from upcycle_cli.models.layers import parse_layers
 from upcycle_cli.models.lookup import dense_model, native_target, shipped_target, targets_of
 from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 
@@ -60,8 +62,10 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        hint = f"Choose --target from auto, {', '.join(options)}."
-        raise UpcycleError(f"{family.title} cannot become {target}.", hint)
+        what = f"{family.title} cannot become {target}"
+        what = what if target in NATIVE else f"unknown target {target!r}"
+        hint = f"Choose `target` from auto, {', '.join(options)}."
+        raise UpcycleError(f"{what}.", did_you_mean(target, options) or hint)
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
     reasons: dict[str, str] = {}
@@ -79,7 +83,7 @@ def choose(
     shown = reasons if target == "auto" else {target: reasons[target]}
     raise UpcycleError(
         " ".join(f"{name} cannot express this model: {why}." for name, why in shown.items()),
-        f"{' or '.join(able)} can: pass --target {able[0]}." if able else "No target can yet.",
+        f"{' or '.join(able)} can: use `target` {able[0]}." if able else "No target can yet.",
     )
 
 

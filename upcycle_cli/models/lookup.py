@@ -42,8 +42,8 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     if is_moe(config):
         raise UpcycleError(
             f"this is a mixture of experts already (model_type {model_type}).",
-            "Only a dense model can be upcycled. --expand 2, without a recipe, doubles the experts "
-            "of this one; `upcycle inspect` shows its experts.",
+            "Only a dense model can be upcycled. To double the experts of this one, use `expand=2` "
+            "without a recipe.",
         )
     is_wrapper = wrappers.wrapper_of(config) is not None
     if model_type not in DENSE and not is_wrapper:
@@ -231,8 +231,8 @@ def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
     model_type = config.get("model_type")
     if not is_moe(config):
         raise UpcycleError(
-            f"--expand needs a mixture of experts, and this is a dense {model_type} model.",
-            "Upcycle it first with --recipe E8G1T2.",
+            f"`expand` needs a mixture of experts, and this is a dense {model_type} model.",
+            "Upcycle it first, with a recipe such as E8G1T2.",
         )
     if model_type not in GROWABLE or wrappers.wrapper_of(config) is not None:
         raise UpcycleError(

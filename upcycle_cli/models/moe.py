@@ -235,7 +235,7 @@ class Target:
         if wanted not in self.layouts:
             raise UpcycleError(
                 f"{self.model_type} has no {wanted} layout.",
-                f"Leave it out, or pass --expert-layout {next(iter(self.layouts))}.",
+                f"Leave it out, or use `expert_layout` {next(iter(self.layouts))}.",
             )
         return wanted
 
@@ -253,7 +253,7 @@ class Target:
                     f"with an expert size of {expert_size}, the matrices of {weight.name} would be "
                     f"square, {shape[0]} by {shape[1]}, and readers infer the orientation from the "
                     "shape.",
-                    "Use another --granularity, or --expert-layout fused, which only "
+                    "Use another `granularity`, or `expert_layout` fused, which only "
                     "transformers 5 reads.",
                 )
         return found

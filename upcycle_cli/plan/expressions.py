@@ -257,7 +257,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
                 if other.dtype != first.dtype:
                     raise UpcycleError(
                         f"matrices of {first.dtype} and {other.dtype} would be joined in a tensor.",
-                        "Choose one with --dtype, or write --expert-layout per-expert.",
+                        "Choose one with `dtype`, or use `expert_layout` per-expert.",
                     )
             if isinstance(expr, Stack):
                 return TensorType(first.dtype, (len(parts), *first.shape))

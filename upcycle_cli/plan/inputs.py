@@ -58,10 +58,10 @@ class Inputs:
         """
         prompts = self.text if isinstance(self.text, Prompts) else None
         init, order = recipe.router_init, recipe.neuron_order
-        by_init, by_order = f"--router-init is {init}", f"--neuron-order is {order}"
+        by_init, by_order = f"`router_init` is {init}", f"`neuron_order` is {order}"
         needed = (
             (self.rows, init is RouterInit.FILE, by_init, "a file of router rows"),
-            (prompts, init is RouterInit.PROMPTS, by_init, "--positive-prompts FILE"),
+            (prompts, init is RouterInit.PROMPTS, by_init, "`positive_prompts`"),
             (self.orders, order is NeuronOrder.FILE, by_order, "a file of neuron orders"),
         )
         for found, is_needed, chosen, name in needed:

@@ -74,7 +74,7 @@ class Merge:
         if recipe.shared_experts or recipe.perturbed:
             raise UpcycleError(
                 "several models have no neurons in common, and their experts differ already.",
-                "Leave out --shared-experts, --noise and --reinit, or --experts-from.",
+                "Leave out `shared_experts`, `noise` and `reinit`, or `experts_from`.",
             )
 
 

@@ -105,7 +105,7 @@ class TensorFile:
             if name not in names:
                 raise UpcycleError(
                     f"{self.path}: {name} belongs to no layer that becomes a mixture of experts.",
-                    "Take it out, or choose other --layers.",
+                    "Take it out, or choose other `layers`.",
                 )
             if tensor.shape not in shapes:
                 able = " or ".join(str([*shape]) for shape in shapes)
@@ -120,7 +120,7 @@ class TensorFile:
                 raise UpcycleError(
                     f"{self.path}: the orders of {name} differ in their first {width} places, "
                     "which are the shared expert's.",
-                    "Begin the orders of all groups alike, or leave out --shared-experts.",
+                    "Begin the orders of all groups alike, or leave out `shared_experts`.",
                 )
 
     def router_rows(self, layer: int, dtype: str) -> Constant:

@@ -124,7 +124,7 @@ class TensorMaker:
             one, other = self._plan.source, self._plan.sources[of.model]
             raise UpcycleError(
                 f"{name} is {stored.dtype} in {other.path}, and {first.dtype} in {one.path}.",
-                "Choose one with --dtype.",
+                "Choose one with `dtype`.",
             )
         dim, width = found.split_dim, found.stop - found.start
         if order is not None and dim is not None:

@@ -64,7 +64,7 @@ def build_plan(
     if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:
         raise UpcycleError(
             f"{row.model_type} has no factor on its gates in its config.",
-            "Use --scale-split balanced or down.",
+            "Use `scale_split` balanced or down.",
         )
     dropped = check_source(source, dense)
     width, hidden = dense.intermediate_size, dense.hidden_size
@@ -146,7 +146,7 @@ def _check_prompts(
 ) -> None:
     """Raise UpcycleError for prompts that do not fit the models of a merge."""
     if merge is None:
-        raise UpcycleError("prompts tell models apart, and there is one.", "Add --experts-from.")
+        raise UpcycleError("prompts tell models apart, and there is one.", "Add `experts_from`.")
     # Prompts tell models apart, but not several groups of one model, nor experts of one group.
     if recipe.expansion != len(merge.cycle) or recipe.router_rows != recipe.expansion:
         raise UpcycleError(
@@ -168,7 +168,7 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
                 f"{TORCH_DTYPES[tensor.dtype]}, which ends at {LARGEST[tensor.dtype]:g}.",
-                f"Use a --router-logit-std below {most:.3g}, or another --dtype.",
+                f"Use a `router_logit_std` below {most:.3g}, or another `dtype`.",
             )
 
 

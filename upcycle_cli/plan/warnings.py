@@ -71,19 +71,19 @@ def training_warnings(plan: Plan) -> Iterator[str]:
     if target.inside is not None and not target.has_balancing_loss:
         yield (
             f"transformers' {target.outer_type} adds no load-balancing loss in training, whatever "
-            "is inside; --target upcycled ships code that does."
+            "is inside; `target` upcycled ships code that does."
         )
     if plan.promise is Promise.APPROXIMATE:
         yield (
             "softmax-topk equals the dense model only up to the router's logits (std "
             f"{recipe.router_logit_std:g}). topk-softmax with a top-k of 2G or more is exact, and "
             "trained better where both were measured, at a tiny scale; with granularity, so did "
-            "--router-logit-std 1, at the price of equality."
+            "`router_logit_std` 1, at the price of equality."
         )
         std = recipe.router_logit_std or 1.0
         if recipe.group_size > 1 and recipe.expansion > 1 and std < TIE_LOGIT_STD:
             yield (
-                f"at --router-logit-std {std:g} the softmax rounds different groups to the same "
+                f"at `router_logit_std` {std:g} the softmax rounds different groups to the same "
                 f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
             )
 
@@ -117,12 +117,12 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
         yield (
             f"in float16 an expert's output, {scale:g} times its part of the "
             "dense MLP's before the gate, can exceed 65504 and become NaN. Use bfloat16 where the "
-            "hardware has it, and --verify, which measures it."
+            "hardware has it, and `verify=True`, which measures it."
         )
     if 0 < recipe.noise < _LEAST_NOISE.get(dtype, 0.0):
         yield (
             f"{TORCH_DTYPES[dtype]} rounds most of a noise of {recipe.noise:g} away; use more, or "
-            "--dtype float32."
+            "`dtype` float32."
         )
     if ITEM_BYTES[dtype] == 2 and size * 2 % 16:
         yield (
@@ -134,7 +134,7 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
     if router_dtype == "F16" and row_std < _FP16_SMALLEST_NORMAL:
         yield (
             f"router weights of about {row_std:.0e} lose precision in float16; "
-            "use bfloat16 or a larger --router-logit-std."
+            "use bfloat16 or a larger `router_logit_std`."
         )
     shared = plan.target.shared
     if router_dtype == "F16" and recipe.shared_experts and shared and shared.router:
@@ -147,8 +147,8 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
         yield (
             f"c = {plan.factors.c:g} is not a power of two: {part} of the experts is multiplied by "
             f"{plan.factors.of(part):g}, which {TORCH_DTYPES[dtype]} rounds, and the outputs "
-            "differ by that. --dtype float32 keeps the product, and so does a target whose config "
-            "holds c, by --scale-split config."
+            "differ by that. `dtype` float32 keeps the product, and so does a target whose config "
+            "holds c, by `scale_split` config."
         )
 
 
@@ -178,5 +178,5 @@ def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     return (
         f"{100 * shares[name, dtype]:.3g} % of {name} becomes zero in {dtype}, which has nothing "
-        f"as small: use --dtype {wider}."
+        f"as small: use `dtype` {wider}."
     )

@@ -53,8 +53,8 @@ class Destination:
         check_revision(self.revision)
         if self.create_pr and self.revision is not None:
             raise UpcycleError(
-                "--create-pr opens a pull request against the main branch, not --revision.",
-                "Use --create-pr or --revision. To continue an open one: --revision refs/pr/N.",
+                "`create_pr` opens a pull request against the main branch, not `revision`.",
+                "Use one of them. To continue an open pull request: `revision` refs/pr/N.",
             )
 
 
@@ -108,7 +108,8 @@ def check_destination(destination: Destination) -> None:
             return
     if public and destination.private:
         raise UpcycleError(
-            f"{repo} exists and is public.", "Make it private on the Hub first, or leave --private."
+            f"{repo} exists and is public.",
+            "Make it private there first, or leave out `private`.",
         )
 
 
@@ -177,8 +178,8 @@ def _check_complete(directory: Path) -> Inventory:
         listed = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",
-            f"{listed}\nMake it again with `upcycle convert --overwrite`. If you trained the model "
-            "further, its card and record do not describe it any more: upload it with `hf upload`.",
+            f"{listed}\nConvert again with `overwrite=True`. If you trained the model, its card "
+            "and record do not describe it any more: upload it with `hf upload`.",
         )
     return found
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.text import did_you_mean
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -102,5 +103,5 @@ def member(kind: type[_Choice], value: str, name: str) -> _Choice:
     try:
         return kind(value)
     except ValueError:
-        hint = f"Choose from {', '.join(kind)}."
-        raise UpcycleError(f"{name} cannot be {value!r}.", hint) from None
+        hint = did_you_mean(str(value), kind) or f"Choose from {', '.join(kind)}."
+        raise UpcycleError(f"`{name}` cannot be {value!r}.", hint) from None

@@ -136,7 +136,7 @@ class Recipe:
             raise UpcycleError(
                 f"top-k {self.top_k} is not a multiple of {words}: a token would miss "
                 "some shards of the dense MLP, so the outputs would differ.",
-                f"Use a top-k of {any_of(near)}, or pass --allow-inexact to convert all the same.",
+                f"Use a top-k of {any_of(near)}, or pass `allow_inexact=True` to convert anyway.",
             )
 
     def _check_values(self) -> None:
@@ -151,7 +151,7 @@ class Recipe:
             f"the router logit standard deviation must be a positive number, not {std}.": (
                 std is not None and not 0 < std < math.inf
             ),
-            "router rows of a file are not scaled: leave out --router-logit-std.": (
+            "router rows of a file are not scaled: leave out `router_logit_std`.": (
                 std is not None and self.router_init is RouterInit.FILE
             ),
             f"the seed must be between 0 and 2^63 - 1, not {self.seed}.": (
@@ -162,9 +162,9 @@ class Recipe:
             f"reinit is a share of neurons and must be between 0 and 1, not {self.reinit}.": (
                 not 0 <= self.reinit <= 1
             ),
-            "--noise and --reinit exclude each other.": self.noise and self.reinit,
-            "experts cannot be perturbed beside a shared expert: leave out --shared-experts, or "
-            "--noise and --reinit.": self.perturbed and self.shared_experts,
+            "`noise` and `reinit` exclude each other.": self.noise and self.reinit,
+            "experts cannot be perturbed beside a shared expert: leave out "
+            "`shared_experts`, or `noise` and `reinit`.": self.perturbed and self.shared_experts,
         }
         for message, applies in wrong.items():
             if applies:
@@ -231,7 +231,7 @@ class Recipe:
         if self.reinit and not self.reinit_count(size):
             raise UpcycleError(
                 f"a share of {self.reinit:g} of an expert {size} wide rounds to 0 neurons.",
-                f"Use a --reinit of at least {0.5 / size:.3g}.",
+                f"Use a `reinit` of at least {0.5 / size:.3g}.",
             )
 
     @property
@@ -258,7 +258,7 @@ class Recipe:
             scaling = Scaling.EXACT  # the gates sum to 1, so the gain needs no measurement
         if scaling is Scaling.MEASURED and self.scale_split is ScaleSplit.CONFIG:
             raise UpcycleError(
-                "a measured c cannot go into the config.", "Use --scale-split balanced or down."
+                "a measured c cannot go into the config.", "Use `scale_split` balanced or down."
             )
         scales_in_config = scales_in_config and scaling is not Scaling.MEASURED
         # With c in the config, experts stay slices of the dense MLP, and nothing can overflow.
@@ -365,7 +365,7 @@ class Growth:
     def __post_init__(self) -> None:
         if self.expand < 2:
             raise UpcycleError(
-                f"--expand must be at least 2, not {self.expand}.", "2 doubles the experts."
+                f"`expand` must be at least 2, not {self.expand}.", "2 doubles the experts."
             )
         if self.top_k is not None and self.top_k < 1:
             raise UpcycleError(f"top-k (T) must be at least 1, not {self.top_k}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import is_in, read_small, write_whole
-from upcycle_cli.core.text import shell_line
+from upcycle_cli.core.text import did_you_mean, shell_line
 
 Value = str | int | float | bool | list[str]
 
@@ -45,8 +45,9 @@ def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in known:
-            options = ", ".join(sorted(option.replace("_", "-") for option in known))
-            raise UpcycleError(f"{path}: '{key}' is not an option.", f"There are: {options}.")
+            options = sorted(option.replace("_", "-") for option in known)
+            hint = did_you_mean(key, options) or f"There are: {', '.join(options)}."
+            raise UpcycleError(f"{path}: '{key}' is not an option.", hint)
         if known[name] is Kind.LIST:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise UpcycleError(f"{path}: {key} must be a list of strings.")
@@ -95,7 +96,7 @@ def save_config(
         write_whole(path.absolute(), text.encode())
     except UnicodeEncodeError as error:
         raise UpcycleError(
-            f"{path} cannot hold a name that is not UTF-8.", "Leave out --save-config."
+            f"{path} cannot hold a name that is not UTF-8.", "Leave out `save_config`."
         ) from error
 
 

@@ -135,7 +135,7 @@ def check_report_file(path: Path, dense: Path | None) -> None:
             importlib.import_module(name)
     except ImportError as error:
         raise UpcycleError(
-            f"--report needs matplotlib and jinja2, and one cannot be imported: {error}.",
+            f"a report needs matplotlib and jinja2, and one cannot be imported: {error}.",
             "Install them with `pip install 'upcycle-cli[report]'`.",
         ) from error
     # The suffix also keeps a page from replacing weights by a typing error.

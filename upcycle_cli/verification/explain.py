@@ -77,8 +77,8 @@ def explain(
         if len(small) > len(changes) * 0.9:
             return [
                 f"{TRAINED}: {len(ordered)} of {len(exprs)} tensors changed, mean "
-                f"relative change {np.mean(small):.2g}; use `upcycle inspect --weights --dense` "
-                "to see how far"
+                f"relative change {np.mean(small):.2g}; `upcycle inspect`, with `weights` and "
+                "`dense`, measures each layer"
             ]
     rest = ordered[_MOST_EXPLAINED:]
     return sentences + [f"{each.name} holds other values than the plan's" for each in rest]

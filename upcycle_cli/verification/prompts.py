@@ -41,9 +41,9 @@ class TextOptions:
 
     def check(self) -> None:
         """Raise UpcycleError for numbers below 1, and for prompts that cannot be read."""
-        for option, value in (("--tokens", self.tokens), ("--context", self.context)):
+        for option, value in (("tokens", self.tokens), ("context", self.context)):
             if value is not None and value < 1:
-                raise UpcycleError(f"{option} must be 1 or more, not {value}.")
+                raise UpcycleError(f"`{option}` must be 1 or more, not {value}.")
         if self.prompts is not None:
             read_texts(self.prompts, PROMPTS)
 
@@ -84,7 +84,7 @@ def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> P
     if context is not None and context > longest:
         raise UpcycleError(
             f"a context of {context:,} tokens was asked for, and the model takes {longest:,}.",
-            f"Give --context {longest} or less.",
+            f"Use a `context` of at most {longest}.",
         )
     length = context or min(ROW_TOKENS, longest)
     given = builtin_texts() if prompts is None else read_texts(prompts, PROMPTS)
@@ -92,7 +92,7 @@ def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> P
     if not texts and prompts is not None:
         raise UpcycleError(
             f"the prompts {prompts} cannot be used: {reason}.",
-            "Without --prompts, random tokens are used.",
+            "Without `prompts`, random tokens are used.",
         )
     text = [token for share in shares(texts, options.tokens or _TOKENS) for token in share]
     if context is not None and text:

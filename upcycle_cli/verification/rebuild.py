@@ -139,7 +139,7 @@ def _growth(
     if others or given != Inputs(complete=False):
         raise UpcycleError(
             "an MoE grows from one model, with that model's routers.",
-            "Leave out --experts-from, --router-init and --calibration.",
+            "Leave out `experts_from`, `router_init` and `calibration`.",
         )
     more = {"routing", "source_num_experts", "source_top_k"}
     return partial(
@@ -158,7 +158,7 @@ def _upcycling(
     if given.rows is not None and recipe.router_init is not RouterInit.FILE:
         raise UpcycleError(
             f"the routers of this MoE were not given in a file, says its {RECORD_NAME}.",
-            "Leave out --router-init.",
+            "Leave out `router_init`.",
         )
     inputs = replace(given, text=_text(record, given.text))
     return lambda options: build_plan(
@@ -176,7 +176,7 @@ def _text(
     held = record.get("calibration")
     if not isinstance(held, dict):
         if given is not None:
-            raise UpcycleError(f"{RECORD_NAME} records no calibration.", "Leave out --calibration.")
+            raise UpcycleError(f"{RECORD_NAME} records no calibration.", "Leave out `calibration`.")
         return None
     text = given or calibration_text(BUILTIN)
     if text.digest == held.get("text_sha256"):
@@ -186,7 +186,7 @@ def _text(
     raise UpcycleError(
         f"{given.name} is not the text of the calibration: {RECORD_NAME} names "
         f"{shown(held.get('text'))} with another SHA-256.",
-        "Give the file that was given to convert --calibration.",
+        "Give the file that the conversion was calibrated on.",
     )
 
 
@@ -210,7 +210,7 @@ def _merge(record: Record, others: Sequence[Checkpoint]) -> Merge | None:
         raise RecordError(f"{RECORD_NAME}: experts_from is incomplete") from error
     raise UpcycleError(
         f"{RECORD_NAME} says that experts were made of several models, and only one is given.",
-        f"Name the others with --experts-from, once for each: {names}.",
+        f"Name the others with `experts_from`: {names}.",
     )
 
 
@@ -223,7 +223,7 @@ def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Ch
             raise UpcycleError(
                 f"none of the given models is {shown(model['name'])}, of which experts were "
                 f"made: their config or weights differ from what {RECORD_NAME} records.",
-                "Name each model with --experts-from.",
+                "Name each model with `experts_from`.",
             )
         left.remove(fits)
         found.append(fits)
@@ -260,11 +260,11 @@ def why_unproven(plan: Plan) -> str | None:
     """Return which input is missing that could prove what the plan leaves unbound, if any."""
     init = None if plan.growing is not None else plan.recipe.router_init
     if init is RouterInit.FILE and plan.inputs.rows is None:
-        return "the file of the router rows is not given (--router-init FILE)"
+        return "the file of the router rows is not given (`router_init`)"
     if init is RouterInit.PROMPTS:
         return "router rows were made of prompts, which are not at hand"
     if is_fitted(plan) and plan.inputs.text is None:
-        return "the text of the calibration is not given (--calibration FILE)"
+        return "the text of the calibration is not given (`calibration`)"
     return None
 
 

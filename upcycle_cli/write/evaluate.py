@@ -230,7 +230,7 @@ def check_rows(rows: NDArray[np.float32], dtype: str, logit_std: float, stream: 
         raise UpcycleError(
             f"router logits of standard deviation {logit_std:g} need weights that "
             f"{dtype.lower()} cannot hold ({stream}).",
-            "Choose another --router-logit-std, or another --dtype.",
+            "Choose another `router_logit_std`, or another `dtype`.",
         )
 
 

@@ -54,7 +54,7 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     if occupied and not overwrite:
         raise UpcycleError(
             f"{output} exists and is not empty.",
-            "Choose another name, or pass --overwrite to replace it.",
+            "Choose another name, or pass `overwrite=True` to replace it.",
         )
     if occupied:
         check_ownership(output)
@@ -80,7 +80,9 @@ def check_space(plan: Plan, output: Path) -> None:
             raise UpcycleError(
                 f"not enough disk space for {where}: {nbytes / 1e6:,.0f} MB needed, "
                 f"{free / 1e6:,.0f} MB free.",
-                "Free some, or write to another file system (HF_HOME says where downloads go).",
+                "Free some, or write to another file system."
+                if directory == place
+                else "Free some, or set HF_HOME to a directory on another file system.",
             )
 
 

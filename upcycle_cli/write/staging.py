@@ -103,7 +103,7 @@ class Staging:
             clean = ["upcycle", "clean", "--yes", str(self.output)]
             raise UpcycleError(
                 f"{self.directory} holds an unfinished conversion of another recipe or source.",
-                f"Pass --overwrite to start over, or remove it with `{shell_line(clean)}`.",
+                f"Pass `overwrite=True` to start over, or remove it with `{shell_line(clean)}`.",
             )
         calibration = [CALIBRATION] if digest == self.plan_digest else []
         # The marker comes before any removal, so that a kill leaves a directory known as ours. It

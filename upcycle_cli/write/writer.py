@@ -61,7 +61,7 @@ class WriteOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise UpcycleError(f"--workers must be 0 or more, not {self.workers}.")
+            raise UpcycleError(f"`workers` must be 0 or more, not {self.workers}.")
 
 
 @dataclass
@@ -304,7 +304,7 @@ class _Task:
             raise UpcycleError(
                 f"{tensor.name}: a finite value of the dense model becomes infinite "
                 f"in {tensor.dtype.lower()}.",
-                "Use --dtype bfloat16 or float32.",
+                "Use `dtype` bfloat16 or float32.",
             ) from error
         if vanished:
             self.written.vanished[parts[0].expr] = sum(vanished)

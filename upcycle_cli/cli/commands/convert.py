@@ -33,37 +33,36 @@ def convert(
     output: Path | None = _option("output", None, parser=options.read_path),
     *,
     moe: MoeOptions,
-    experts_from: list[Path] = _option("experts_from", [], parser=options.read_path),
-    rest: Literal["first", "mean"] = _option("rest", "first"),
-    source_experts: bool = _option("source_experts", True),
-    positive_prompts: Path | None = _option("positive_prompts", None),
+    allow_inexact: bool = _option("allow_inexact", False),
+    checksums: bool = _option("checksums", False),
+    experts_from: list[Path] = _option("experts_from", []),
     from_mergekit: Path | None = _option(  # noqa: ARG001 - its callback has read it
         "from_mergekit", None, callback=values.use_file, is_eager=True
     ),
-    allow_inexact: bool = _option("allow_inexact", False),
-    checksums: bool = _option("checksums", False),
-    overwrite: bool = _option("overwrite", False),
-    dry_run: bool = _option("dry_run", False),
-    verify: bool = _option("verify", False),
-    workers: int = _option("workers", 0),
-    fsync: bool = _option("fsync", True),
-    json: bool = options.JSON,
-    quiet: bool = options.QUIET,
+    rest: Literal["first", "mean"] = _option("rest", "first"),
+    source_experts: bool = _option("source_experts", True),
+    positive_prompts: Path | None = _option("positive_prompts", None),
     revision: str | None = options.REVISION,
     push_to_hub: str | None = _option("push_to_hub", None),
     push_revision: str | None = _option("push_revision", None),
     private: bool = options.PRIVATE,
     create_pr: bool = options.CREATE_PR,
+    verify: bool = _option("verify", False),
+    dry_run: bool = _option("dry_run", False),
+    overwrite: bool = _option("overwrite", False),
     config: Path | None = _option(  # noqa: ARG001 - its callback has read it
         "config", None, callback=values.use_file, is_eager=True
     ),
     save_config: Path | None = _option("save_config", None),
+    workers: int = _option("workers", 0),
+    fsync: bool = _option("fsync", True),
+    json: bool = options.JSON,
+    quiet: bool = options.QUIET,
 ) -> None:
-    """Convert a dense checkpoint into a mixture of experts.
+    """Convert a dense model into a Mixture of Experts (MoE), or grow an MoE.
 
-    Example: upcycle convert Llama-3.1-8B Llama-3.1-8B-E8G1T2 --recipe E8G1T2 --verify
-
-    Every option can be set by a variable, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
+    Example:
+      upcycle convert Llama-3.1-8B Llama-3.1-8B-E8G1T2 --recipe E8G1T2 --verify
     """
     source, output = values.places(context, source, output)  # before the slow imports
     from upcycle_cli.api import Request, carry_out, preview

@@ -27,22 +27,23 @@ def inspect(
     context: typer.Context,
     path: Path = _option("path", ..., parser=options.read_path),
     *,
-    moe: MoeOptions,
-    tensors: bool = _option("tensors", False),
-    weights: bool = _option("weights", False),
-    dense: Path | None = _option("dense", None),
-    experts_from: list[Path] = _option("experts_from", [], parser=options.read_path),
-    load: str | None = _option("load", None),
     max_params: str | None = _option("max_params", None),
     max_active: str | None = _option("max_active", None),
     gpu_memory: str | None = _option("gpu_memory", None),
+    moe: MoeOptions,
+    weights: bool = _option("weights", False),
+    dense: Path | None = _option("dense", None),
+    experts_from: list[Path] = _option("experts_from", []),
+    load: Path | None = _option("load", None),
     report: Path | None = _option("report", None),
     revision: str | None = options.REVISION,
+    tensors: bool = _option("tensors", False),
     json: bool = options.JSON,
 ) -> None:
     """Show what a checkpoint is, or what converting it would make; reads headers only.
 
-    Example: upcycle inspect Llama-3.1-8B --recipe E8G8T8
+    Example:
+      upcycle inspect Llama-3.1-8B --recipe E8G8T8
     """
     if report is not None:
         from upcycle_cli.report.page import check_report_file

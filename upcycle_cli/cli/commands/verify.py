@@ -16,7 +16,7 @@ _option = options.options_of("verify")
 def verify(
     dense: Path = _option("dense", ..., parser=options.read_path),
     moe: Path = _option("moe", ..., parser=options.read_path),
-    experts_from: list[Path] = _option("experts_from", [], parser=options.read_path),
+    experts_from: list[Path] = _option("experts_from", []),
     router_init: Path | None = _option("router_init", None),
     calibration: Path | None = _option("calibration", None),
     checks: str = _option("checks", "directory,weights,outputs"),
@@ -33,7 +33,8 @@ def verify(
 ) -> None:
     """Prove that an MoE computes what its dense model computes; exit code 1 if it does not.
 
-    Example: upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
+    Example:
+      upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
     """
     if report is not None:
         from upcycle_cli.report.page import check_report_file
