@@ -23,6 +23,7 @@ FOLDER = Path(__file__).parent / "reference"
 PAGES = ("families.md", "compatibility.md")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", re.DOTALL)
 _ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
+_UNTESTED = "–"
 _USUAL_TRAINERS = ("transformers", "TRL", "peft")
 _WORDS = {
     Support.RUNS: "yes",
@@ -78,17 +79,22 @@ def _software() -> Iterator[str]:
         for name in wrapper.natives
     ]
     shipped = shipped_target(DENSE["olmo2"], "silu", biased=False)
+    alike: dict[tuple[str, ...], list[str]] = {}
     for target in (*NATIVE.values(), *inside, shipped):
-        name = SHIPPED if target.ships_code else target.title
         others = {
             trainer.name: None
             for routing in target.routings
             for trainer in trainers(target, routing, tied=False, fused=False)
             if trainer.name not in _USUAL_TRAINERS
         }
-        loss = "yes" if target.has_balancing_loss else "no"
-        cells = (_engine(target, engine) for engine in _ENGINES)
-        yield _row(name, *cells, ", ".join(others), loss)
+        runs = [_engine(target, engine) for engine in _ENGINES]
+        if {*runs} != {_UNTESTED}:
+            loss = "yes" if target.has_balancing_loss else "no"
+            outer, _, inner = target.title.rpartition(" around ")
+            name = SHIPPED if target.ships_code else f"{inner} in {outer}" if outer else inner
+            alike.setdefault((*runs, ", ".join(others), loss), []).append(name)
+    for cells, names in alike.items():
+        yield _row(", ".join(names), *cells)
 
 
 def _engine(target: Target, name: str) -> str:
@@ -106,7 +112,7 @@ def _engine(target: Target, name: str) -> str:
             words[routing] = _WORDS[support]
     if not words:  # that transformers 4 runs a target is not listed
         tested = table("engines").get(target.title, {}) or target.ships_code
-        return "yes" if name == "transformers 4" and tested else "–"
+        return "yes" if name == "transformers 4" and tested else _UNTESTED
     if len(words) == len(target.routings) and len({*words.values()}) == 1:
         return next(iter(words.values()))
     return "; ".join(f"{routing}: {word}" for routing, word in words.items())
