@@ -51,7 +51,7 @@ IDS = torch.randint(260, (4, 48), generator=torch.Generator().manual_seed(2))
 
 
 def dense_model(size: float) -> Any:  # noqa: ANN401 - transformers is untyped
-    """Return a dense model whose down projections are scaled by `size`."""
+    """Return a dense model with down projections scaled by `size`."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **SIZES)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

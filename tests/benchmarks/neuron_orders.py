@@ -5,11 +5,10 @@
 
 cuts the MLPs of SmolLM2-135M into G = 8 shards, gives them what the dense model computes on
 Python's own documentation and code (as `routers.py` does), and prints a Markdown table: of the
-squared norms of what the shards add, the share of the four that add most, chosen for each token,
-and the share of the four that add most over all tokens; mean over tokens and layers. Shards of
-which each adds as much have a half. Neurons that are cut up by their mean activity alone are shown
-beside the orders that there are. `SMOLLM2` names the model's directory, if there is one. It takes
-about a minute on two cores.
+squared norms of the shards' outputs, the share of the four largest, chosen for each token, and of
+the four largest over all tokens; mean over tokens and layers. Equal shards have a half. Neurons cut
+by their mean activity alone are shown beside the orders of `--neuron-order`. `SMOLLM2` names the
+model's directory, if there is one. It takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def orders_of(path: Path) -> Orders:
 
 
 def shares(path: Path, text: str, orders: Orders) -> dict[str, tuple[float, float]]:
-    """Return by order the share of each token's best half, and that of the best half of all."""
+    """Return by order the share of each token's best half, and of the best half of all tokens."""
     model = load(path)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in orders}
 

@@ -15,7 +15,7 @@ CHUNK_BYTES = 1 << 19  # as upcycle
 
 
 def main(source: str, target: str, nbytes: int, *, fsync: bool) -> None:
-    """Write the source's bytes again and again until there are enough."""
+    """Write the source's bytes repeatedly, up to the wanted size."""
     with open(source, "rb") as file, open(target, "wb") as output:  # noqa: PTH123 - plain Python
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         done = 0

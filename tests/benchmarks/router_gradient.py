@@ -5,8 +5,8 @@
 
 prints a Markdown table. A router's gradient is divided in two: the mean over the rows of each
 virtual group, which moves groups against each other, and the rest, which moves the rows of a group
-apart. The norms are over all layers, in float32, without a balancing loss; that of the experts'
-weights is beside them. It takes about two minutes on two cores.
+apart. The norms are over all layers, in float32, without a balancing loss; the norm of the experts'
+gradient is beside them. It takes about two minutes on two cores.
 """
 
 from __future__ import annotations

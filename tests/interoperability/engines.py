@@ -66,7 +66,7 @@ def by_transformers() -> Run:
         model, loading = auto.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
         )
-        # A weight that is made up at random is no more than a warning to transformers.
+        # transformers only warns of a weight that it draws at random.
         if wrong := [*sorted(loading["missing_keys"]), *sorted(loading["unexpected_keys"])]:
             count = len(loading["missing_keys"])
             raise ValueError(f"{count} weights missing, {len(wrong) - count} not used: {wrong[0]}")
@@ -143,7 +143,7 @@ def by_llama_cpp() -> Run:
         with tempfile.TemporaryDirectory(prefix="upcycle-gguf-") as name:
             path = Path(name) / "model.gguf"
             sys.argv = [str(script), job["model"], "--outfile", str(path), "--outtype", "f32"]
-            sys.path.insert(0, str(script.parent))  # it comes with modules of its own
+            sys.path.insert(0, str(script.parent))  # it imports modules beside it
             runpy.run_path(str(script), run_name="__main__")
             cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}  # float16 otherwise
             model = Llama(str(path), n_ctx=256, n_threads=2, verbose=False, **cache)

@@ -7,7 +7,7 @@ converts SmolLM2-135M (`SMOLLM2` names its directory, if there is one) and tiny 
 other dense type to every target, runs the dense model and the result in each software, and prints a
 Markdown table: greedy text of 16 tokens after each of three prompts, in float32, is the same or
 not. lm-eval compares log likelihoods instead, and mergekit has to give back the tensors that it
-read. Some conversions are wrong on purpose: whoever finds those the same shows nothing. Each
+read. Some conversions are wrong on purpose, and an engine must find those different. Each
 software is installed into a virtual environment of its own under ~/.cache/upcycle-interoperability
 on first use (llama.cpp is compiled, which takes minutes).
 
@@ -62,7 +62,7 @@ class Engines(Session):
         self.smollm2 = smollm2
         self.alone = Lock()  # transformers cannot load two models at a time
         self.tried = tuple(self.workers)
-        # The others are compared with transformers 5 first: there is nothing that it cannot run.
+        # The others are compared with transformers 5 first, since it runs everything.
         (self.transformers,) = (each for each in SOFTWARE if each.name == "transformers 5")
         if self.transformers not in self.workers:
             python = Path(sys.executable)
@@ -92,7 +92,7 @@ class Engines(Session):
         found = self._output(software, case.dense, moe)
         if isinstance(found, Cell):
             return found
-        cell = Cell(FAILS, "there is no dense model to compare it with")
+        cell = Cell(FAILS, "the dense model does not run to compare it with")
         for reference in self._references(software, case.dense):
             if isinstance(reference, Cell):
                 continue
@@ -135,7 +135,7 @@ class Engines(Session):
 
         def margin_at(index: int, position: int) -> float:
             if index == len(PROMPTS):
-                return math.inf  # of a picture: it has to be the same
+                return math.inf  # the text about a picture must be the same
             text = [int(token) for token in reference[index]]
             with self.alone:
                 return margin(dense, PROMPTS[index], text, position)

@@ -39,7 +39,7 @@ LIMIT_S = 900
 
 
 def commands(card: str, software: str) -> list[str]:
-    """Return the lines that a card gives for a software; SystemExit when there are none."""
+    """Return the commands of a card for a software; SystemExit if it has none."""
     found = re.search(
         rf"To serve it with {re.escape(software)}:\n\n```sh\n(.+?)\n```", card, re.DOTALL
     )
@@ -56,7 +56,7 @@ def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
     environment["PATH"] = f"{python.parent}:{os.environ['PATH']}"
     environment.pop("PYTHONPATH", None)
     for script in python.parents[1].glob("lib/*/site-packages/**/convert_hf_to_gguf.py"):
-        for part in script.parent.iterdir():  # it comes with modules of its own
+        for part in script.parent.iterdir():  # it imports modules beside it
             (folder / part.name).symlink_to(part)
     print(f"{software.name} {version(python, software.package)}", flush=True)
     for line in lines[:-1]:
@@ -84,7 +84,7 @@ def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
 
 
 def answer(server: subprocess.Popen[bytes]) -> str:
-    """Return the completion; TimeoutError when none comes, ChildProcessError on a failure."""
+    """Return the completion; TimeoutError if it takes too long, ChildProcessError on a failure."""
     body = {"model": REPO, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     request = Request(URL, json.dumps(body).encode(), {"Content-Type": "application/json"})
     end = time.monotonic() + LIMIT_S

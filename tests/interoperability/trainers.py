@@ -1,13 +1,13 @@
-"""Which trainers take what upcycle writes, and what to set in each.
+"""Which trainers train what upcycle writes from the dense model's loss, and save it unchanged.
 
     python tests/interoperability/trainers.py [--software NAME] [--only TEXT]
 
 converts tiny models of several dense types, hands each to each trainer on the CPU, in float32, and
-prints Markdown: whether the loss of the first step is the dense model's on the same batch, and what
-the trainer saves or exports again has the same tensors, which `upcycle inspect` reads as such; and
-below, what balancing adds to the loss, which correction bias a step moves, and what adapters reach.
-Conversions with `--scaling none` are wrong on purpose. Each trainer is installed into a virtual
-environment of its own under ~/.cache/upcycle-interoperability on first use.
+prints Markdown: whether the first step has the dense model's loss on the same batch, and whether
+the trainer saves the same tensors, also by `upcycle inspect`; below, what balancing adds to the
+loss, which correction bias a step moves, and what adapters reach. Conversions with `--scaling none`
+are wrong on purpose. Each trainer is installed into a virtual environment of its own under
+~/.cache/upcycle-interoperability on first use.
 
 The exit code is 1 when something contradicts `upcycle_cli/models/knowledge/trainers.json`.
 """
@@ -71,7 +71,7 @@ def has_moved(saved: Path, dense: Path) -> bool:
 
 
 def random_rows() -> list[list[int]]:
-    """Return a batch of token ids, drawn at random; none stands for a picture."""
+    """Return a batch of random token ids, without those of pictures."""
     import torch
 
     generator, shape = torch.Generator().manual_seed(SEED), (ROWS, TOKENS)

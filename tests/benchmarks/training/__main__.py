@@ -97,7 +97,7 @@ def main(
 
 
 def commit() -> str:
-    """Return the commit of what decides on the results, and whether that was changed since."""
+    """Return the commit of the code that the results depend on, marked if it has changes."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
     status = [*git, "status", "--porcelain", "upcycle_cli", "tests/benchmarks/training"]

@@ -13,7 +13,7 @@ from upcycle_cli.recipe.recipe import parse_recipe_name
 
 DENSE, DENSE_LONGER = "dense", "dense, as many FLOPs as E8G1T2"
 DENSE_AS_LONG = "dense, as many FLOPs"
-"""No arm: the dense model with the FLOPs of what it is compared with, between those two."""
+"""Not an arm: the dense model at equal FLOPs, between those two runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class Arm:
     tied: bool = False
     """Whether the router rows of a group are trained as one."""
     flops_of: str | None = None
-    """The arm whose FLOPs it is trained for; for the tokens of the scale otherwise."""
+    """Train for the FLOPs of this arm; if None, for the tokens of the scale."""
 
     @property
     def granularity(self) -> int:
-        """The experts of a virtual group: G, less those that are shared."""
+        """The experts of a virtual group: G minus the shared ones."""
         if self.recipe is None:
             return 1
         return parse_recipe_name(self.recipe)[1] - int(self.convert.get("shared_experts", 0))
@@ -55,7 +55,7 @@ class Arm:
 SIZES = ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
 GROUPED = SIZES[1:]
 SHARED = {"E4G4T8": "E4G4T6", "E8G8T8": "E8G8T7", "E8G8T16": "E8G8T14"}
-"""The size at which one shard of each group is shared, and as many groups are chosen."""
+"""The recipe with one shared shard that chooses as many groups, by size."""
 _UNIFORM = {"routing": "softmax-topk"}
 _SOFTMAX = {**_UNIFORM, "router_logit_std": 1.0}
 _SIGMOID = {"routing": "sigmoid-topk"}

@@ -149,10 +149,10 @@ def difference(runs: Runs, comparison: Comparison, when: int = -1) -> Spread | N
 def _at_equal_flops(
     own: Mapping[str, float], short: Mapping[str, float], long: Mapping[str, float]
 ) -> float:
-    """Return the loss that the dense model would end with after as many FLOPs as `own`.
+    """Return the loss of the dense model after as many FLOPs as `own`.
 
-    It is taken from the ends of two dense runs, each with a schedule of its own: between them the
-    loss is taken for linear in the logarithm of the FLOPs, and a little beyond the longer one.
+    Between the ends of two dense runs, each with its own schedule, and a little beyond the longer
+    one, the loss is taken to be linear in the logarithm of the FLOPs.
     """
     share = math.log(own["flops"] / short["flops"]) / math.log(long["flops"] / short["flops"])
     return short["loss"] + share * (long["loss"] - short["loss"])

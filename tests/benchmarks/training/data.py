@@ -40,10 +40,10 @@ class Scale:
     """The learning rate that a cosine descends from, to a tenth."""
     continued: int
     peak: float
-    """The same of what goes on: that of pretraining, where it is known."""
+    """The same for the training that follows; that of pretraining, if it is known."""
     held_out: int
     evaluations: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
-    """After which shares of the steps the held-out text is looked at."""
+    """The shares of the steps after which the held-out loss is measured."""
 
     @property
     def step(self) -> int:
@@ -142,11 +142,11 @@ def prepare(scale: Scale, work: Path, device: str) -> tuple[Bench, dict[str, Any
 
 
 def read_text() -> tuple[list[str], list[str]]:
-    """Return the package's files to train on, in random order, and those that are held out."""
+    """Return the package's files to train on, in random order, and the held-out ones."""
     # One version of Python may be there under several names.
     folder = next(iter(sorted(Path("/usr/share/doc").glob("python3.[0-9]*/html/_sources"))), None)
     if folder is None:
-        raise SystemExit(f"There is no text. Run: apt-get install {PACKAGE}")
+        raise SystemExit(f"{PACKAGE} is not installed. Run: apt-get install {PACKAGE}")
     texts = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.rst.txt")}
     names = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
     read = [texts[name].read_text(encoding="utf-8") for name in names]

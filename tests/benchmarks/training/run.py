@@ -25,7 +25,7 @@ _EVALUATED_ROWS = 32
 
 
 def run(bench: Bench, arm: Arm, seed: int) -> dict[str, Any]:
-    """Return what was measured of an arm; the seed is that of the conversion and of the data."""
+    """Return the measurements of an arm; the seed is for the conversion and the data."""
     started = time.monotonic()
     torch.manual_seed(seed)
     scale, model, curve = bench.scale, _make_model(bench, arm, seed), list[dict[str, Any]]()

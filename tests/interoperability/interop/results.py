@@ -90,7 +90,7 @@ def contradiction(
     if cell.verdict == NOT_TRIED:
         return None
     if case.control:
-        # One that cannot load it, or that is known to be wrong anyway, shows nothing.
+        # An engine that cannot load it, or is known to be wrong, proves nothing.
         return f"{where}: not told from the dense model" if cell.verdict == SAME else None
     listed = {each.name: each.support for each in said}
     support = listed.get(software, listed.get(software.rstrip(" 45")))  # any transformers
@@ -125,18 +125,18 @@ NOT_OF_THE_MODEL = {
     ("gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("gemma4 around gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
 }
-"""What fails for a reason that other machines and models do not have: nothing is said of it."""
+"""Failures of this set-up that other machines or models may not have: upcycle lists none."""
 ON_CPU = {
     ("deepseek_v3", "vLLM"): "its build for CPUs computes another attention, of any DeepSeek-V3",
 }
-"""What computes something else for such a reason: that is said, since it goes without a word."""
+"""Wrong results on a CPU: upcycle warns of them, because the engine does not."""
 
 
 def measured(verdicts: Verdicts) -> Measured:
     """Return what `models/knowledge/engines.json` says; ValueError where it cannot say it."""
     found: dict[tuple[str, str, str], str] = {}
     plain = {case: cells for case, cells in verdicts.items() if not case.control}
-    # What one part does is told from what the others do by a model that has no more of them.
+    # A model with fewer parts tells what each part does.
     for case, cells in sorted(plain.items(), key=lambda item: len(parts_of(item[0]))):
         for engine in (*known.ENGINES, *known.OTHERS):
             verdict = cells.get(engine, NOT_TRIED)

@@ -1,4 +1,4 @@
-"""The software that is tried, each in a virtual environment of its own."""
+"""The engines and trainers, each in its own virtual environment."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Software:
     shipped: bool = True
     """Whether it is tried on shipped code."""
     beside: str = ""
-    """Whose environment it is run in, if it has none of its own."""
+    """The software that shares its environment with this one, if any."""
     targets: tuple[str, ...] = ()
-    """The architectures that a trainer has code for; none where it takes what transformers has."""
+    """The architectures that a trainer has code for; empty if it runs transformers' classes."""
 
     def tries(self, case: Case) -> bool:
         """Whether it has to run this conversion."""

@@ -108,15 +108,15 @@ def measured_tables(answers: Answers) -> list[str]:
             if measured:
                 others.setdefault(f"{name}: {'; '.join(measured)}", []).append(case.name)
     return [
-        "Added to the first loss by balancing (T = 4, a weight of 0.01):",
+        "What balancing adds to the first loss (T = 4, coefficient 0.01):",
         "",
         *_table(honest, "added", ("transformers", "TRL"), lambda value: f"{value:.3f}"),
         "",
-        "The correction bias after a step, and what else was measured:",
+        "Correction bias after a step, and other findings:",
         "",
         *(f"- {text} ({'; '.join(names)})" for text, names in others.items()),
         "",
-        "LoRA, adapters that learn of those there are:",
+        "LoRA: adapters that learn, of all adapters:",
         "",
         *_table(honest, "reached", ("peft",), _reached),
     ]
