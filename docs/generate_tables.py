@@ -15,7 +15,7 @@ from upcycle_cli.models.engines import FUSED, SCALED, TIED, Support, engines, tr
 from upcycle_cli.models.lookup import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.overview import overview
+from upcycle_cli.models.overview import families
 from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
 
@@ -49,7 +49,7 @@ def page(name: str) -> str:
 def _dense() -> Iterator[str]:
     yield from _header("dense model type", "targets (default first)")
     alike: dict[tuple[str, ...], list[str]] = {}
-    for name, targets in overview().dense.items():
+    for name, targets in families().dense.items():
         alike.setdefault(targets, []).append(name)
     for targets, names in sorted(alike.items(), key=lambda item: item[1]):
         yield _row(", ".join(names), ", ".join(targets))
@@ -57,7 +57,7 @@ def _dense() -> Iterator[str]:
 
 def _wrappers() -> Iterator[str]:
     yield from _header("model", "its text model", "targets (default first)")
-    for wrapper, texts in overview().wrappers.items():
+    for wrapper, texts in families().wrappers.items():
         alike: dict[tuple[str, ...], list[str]] = {}
         for text, targets in texts.items():
             alike.setdefault(targets, []).append(text)
@@ -67,7 +67,7 @@ def _wrappers() -> Iterator[str]:
 
 def _targets() -> Iterator[str]:
     yield from _header("target", "routings (default first)", "MoE layers", "shared experts")
-    for target in overview().targets:
+    for target in families().targets:
         yield _row(target.name, ", ".join(target.routings), target.layers, target.shared_experts)
 
 

@@ -1,13 +1,15 @@
-"""The public functions that convert: plan, bring, calibrate, write, verify, publish, push.
+"""The public function `convert`, and what it has in common with the command.
 
 `convert` is for Python callers. The command line builds the same `Request` and passes it to
-`carry_out`, or to `preview` for a dry run. Both read straight down, and under torchrun all ranks
-take each step together: rank 0 leads, the others write their share of the shards.
+`carry_out`, or to `preview` for a dry run. Both read straight down: plan, download, calibrate,
+write, verify, publish, push. Under torchrun all ranks take each step together: rank 0 leads, and
+the others write their share of the shards.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.callbacks import Hooks, Progress
+from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, locate
 from upcycle_cli.core.text import shell_line
@@ -25,7 +28,7 @@ from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import bind_recorded, build_plan
 from upcycle_cli.plan.warnings import vanished_weights
-from upcycle_cli.recipe.recipe import Growth, Promise, Recipe
+from upcycle_cli.recipe.recipe import Growth, Promise, Recipe, to_recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
 from upcycle_cli.write.staging import partial_of
@@ -60,9 +63,9 @@ class Request:
     push: Destination | None = None  # where to push the finished output
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """The result of a conversion."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Conversion(Result):
+    """What `convert` made."""
 
     plan: Plan
     output: Path = Path()
@@ -75,11 +78,20 @@ class Conversion:
     warnings: tuple[str, ...] = ()
     pushed: Push | None = None
 
+    def tables(self) -> Iterator[Iterable[Row]]:
+        """Yield the tables of the plan, of the verification and of the push."""
+        from upcycle_cli.plan.facts import plan_rows
+
+        yield plan_rows(self.plan)
+        for result in (self.report, self.pushed):
+            if result is not None:
+                yield from result.tables()
+
 
 def convert(  # noqa: PLR0913 - the fields of a Request
     source: Path | str,
     output: Path | str,
-    recipe: Recipe | Growth,
+    recipe: Recipe | Growth | str,
     *,
     target: str = "auto",
     revision: str | None = None,
@@ -95,19 +107,27 @@ def convert(  # noqa: PLR0913 - the fields of a Request
     writing: WriteOptions | None = None,
     push: Destination | None = None,
 ) -> Conversion:
-    """Convert a checkpoint: upcycle a dense one by a `Recipe`, or grow an MoE by a `Growth`.
+    """Convert a checkpoint into an MoE: `convert("dense", "moe", "E8G1T2", verify=True)`.
 
-    `source` is a directory, or a repo on the Hub at `revision` (a branch, tag or commit).
+    `source` is a directory, or a repo on the Hub at `revision` (a branch, tag or commit). `recipe`
+    is a `Recipe` or its name for a dense source, and a `Growth` for an MoE that gets more experts.
+    `target` is the model type of the output; "auto" takes the type that most software loads.
+    `options` sets dtype, layout and shard size of the output.
+
     `calibration` is a text file that the dense model reads first, or "builtin". `router_rows` is
-    the file of rows for the router_init "file", `neuron_orders` that of orders for the neuron_order
-    "file", `positive_prompts` the prompts per expert for the router_init "prompts". `merge` names
-    other models to make experts from. With `push`, the finished output is pushed to the Hub.
+    the file for the router_init "file", `neuron_orders` the file for the neuron_order "file", and
+    `positive_prompts` the file for the router_init "prompts". `merge` names other models to make
+    experts from.
 
-    Raises UpcycleError. `output` is then as it was before, or complete if only the push failed.
+    `overwrite` replaces an earlier output. `verify` checks the output before it appears: after a
+    failed check, `published` is False and `output` is unchanged. `checksums` adds SHA256SUMS.
+    `writing` sets threads and fsync. `push` uploads the finished output to the Hub.
+
+    Raises UpcycleError. `output` is then unchanged, or complete if only the push failed.
     """
     # Request has a default for each argument that is None here.
     given = {name: value for name, value in locals().items() if value is not None}
-    return carry_out(Request(**given | {"output": Path(output)}))
+    return carry_out(Request(**given | {"output": Path(output), "recipe": to_recipe(recipe)}))
 
 
 def carry_out(
@@ -332,7 +352,7 @@ def _push(done: Conversion, destination: Destination, hooks: Hooks) -> Push:
     from upcycle_cli.publish.push import push
 
     try:
-        return push(done.output, destination, on_start=hooks.pushing)
+        return push(done.output, **vars(destination), on_start=hooks.pushing)
     except UpcycleError as error:
         again = shell_line(["upcycle", "push", str(done.output), destination.repo])
         raise UpcycleError(

@@ -1,7 +1,8 @@
 """Keep virtual groups whole while a converted model is trained.
 
-The G experts of a virtual group hold the shards of one dense MLP and are selected together, since
-their router rows are equal. In training each row gets its own gradient, and they drift apart.
+The G experts of a virtual group hold the shards of one dense MLP. Their router rows are equal, so
+the router selects them together. In training each row gets its own gradient and the rows drift
+apart, unless `tie_virtual_groups` gives the rows of a group one gradient.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TiedGroups:
-    """Groups whose router rows are trained as one, until `remove` is called."""
+    """What `tie_virtual_groups` tied; `remove` unties it."""
 
     granularity: int
-    """G, the rows of a group; 1 if there are no groups and nothing is tied."""
+    """G, the router rows per group; 1 if the model has no groups, and then nothing is tied."""
     routers: tuple[str, ...]
-    """The names of the router parameters, each (E·G, H)."""
+    """The names of the tied router parameters, each of shape (E·G, H)."""
     handles: tuple[RemovableHandle, ...]
 
     def remove(self) -> None:
@@ -38,25 +39,29 @@ class TiedGroups:
 
 
 def tie_virtual_groups(model: Module) -> TiedGroups:
-    """Average the gradients of router rows within each virtual group, so that groups stay whole.
+    """Keep each virtual group whole in training: average the gradients of its router rows.
 
-    Equal rows with equal gradients stay equal bit for bit under any optimizer that treats all
-    entries of a parameter alike. G is inferred from the rows: call this before the first step, or
-    on a model that was trained with it. `model` is a causal LM of transformers of any type that
-    upcycle creates, or such a model inside peft's.
+    Call it once, after loading the model and before the first step:
 
-    Raises UpcycleError for another model, for frozen routers, for routers that are split among
-    processes (DeepSpeed ZeRO-3, FSDP with flat parameters: call this before they split the model),
-    and for rows that do not form groups of one size.
+        model = AutoModelForCausalLM.from_pretrained("moe", dtype=torch.float32)
+        tie_virtual_groups(model)
+
+    `model` is a converted model that transformers loaded, also inside a peft model. Equal rows with
+    equal gradients stay equal bit for bit, under any optimizer that treats all entries of a
+    parameter alike. G is the number of equal rows in the routers.
+
+    Raises UpcycleError if the model is not one that upcycle creates, if its routers are frozen or
+    already split among processes (DeepSpeed ZeRO-3, FSDP: call this before they split the model),
+    or if its rows do not form groups of one size.
     """
     routers = dict(_routers(model))
     sizes = {name: _group_size(name, weight) for name, weight in routers.items()}
     if not routers:
-        words = "all its routers are frozen, or it has none."
-        raise UpcycleError(words, "Tie virtual groups of a model whose routers are trained.")
+        words = "all routers of the model are frozen, or it has none."
+        raise UpcycleError(words, "Call tie_virtual_groups only if you train the routers.")
     if len({*sizes.values()}) > 1:
         found = ", ".join(f"{size} in {name}" for name, size in sizes.items())
-        raise UpcycleError(f"the equal rows of routers form groups of several sizes: {found}.")
+        raise UpcycleError(f"the routers have groups of different sizes: {found}.")
     size = next(iter(sizes.values()))
     if size == 1:
         return TiedGroups(1, (), ())
@@ -71,7 +76,7 @@ def _routers(model: Module) -> Iterator[tuple[str, Parameter]]:
     if not is_target(values):
         raise UpcycleError(
             f"{type(model).__name__} is not a mixture of experts that upcycle creates.",
-            "Pass a model that transformers loaded from its output.",
+            "Load the output of a conversion with transformers, and pass that model.",
         )
     layouts = target_of(values, [name for name, _ in model.named_parameters()]).layouts.values()
     names = "|".join(re.escape(layout.router) for layout in layouts)
@@ -93,7 +98,7 @@ def _group_size(name: str, weight: Parameter) -> int:
     if len({*sizes.tolist()}) > 1:
         raise UpcycleError(
             f"some virtual groups of {name} are split: {len(sizes)} of its rows differ.",
-            "Only groups that were tied from the first step on stay whole.",
+            "Tie the groups before the first training step, or convert again.",
         )
     return int(sizes[0])
 

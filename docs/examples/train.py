@@ -1,11 +1,11 @@
-"""Convert a dense model, and go on training it with the Trainer of transformers.
+"""Convert a dense model, and train the MoE with the Trainer of transformers.
 
     python docs/examples/train.py DENSE TEXT OUT [--recipe E4G2T4] [--steps 20] [--lr 2e-5]
 
-OUT/moe is what upcycle converts, OUT/trained what the steps on TEXT (a file) make of it. Every step
-logs the language-model loss and, for each layer that has a router, the coefficient of variation of
-its experts' load. At the end comes what `upcycle inspect OUT/trained --weights --dense DENSE` says:
-how far experts have moved, and whether virtual groups are whole.
+TEXT is a file to train on. The converted model goes to OUT/moe, the trained one to OUT/trained.
+Each step logs the language-model loss and, for each layer, the coefficient of variation of its
+experts' load. At the end the script prints what `upcycle inspect OUT/trained --weights --dense
+DENSE` prints: how far the experts have moved, and whether the virtual groups are whole.
 """
 
 from __future__ import annotations
@@ -14,33 +14,27 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import rich
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from upcycle_cli import Recipe, convert, inspect
-from upcycle_cli.cli.terminal import rows_table
-from upcycle_cli.inspection.describe import inspection_rows
-from upcycle_cli.recipe.recipe import parse_recipe_name
-from upcycle_cli.training import tie_virtual_groups
+from upcycle_cli import convert, inspect, tie_virtual_groups
 
 LENGTH = 128
 
 
 def main() -> None:
-    """Convert, train, save, look at what came of it."""
+    """Convert, train, save, and inspect the result."""
     arguments = _arguments()
     moe = arguments.out / "moe"
-    expansion, granularity, top_k = parse_recipe_name(arguments.recipe)
-    convert(arguments.dense, moe, Recipe(expansion=expansion, granularity=granularity, top_k=top_k))
+    convert(arguments.dense, moe, arguments.recipe)
 
     tokenizer = AutoTokenizer.from_pretrained(moe)
     rows = _rows(tokenizer, arguments.text.read_text(encoding="utf-8"))
     # In float32: with weights in bfloat16 alone, small updates are rounded away.
     model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32, trust_remote_code=True)
-    # Or transformers applies no load-balancing loss; its weight is config.router_aux_loss_coef.
+    # Otherwise transformers applies no load-balancing loss. config.router_aux_loss_coef weighs it.
     model.config.output_router_logits = True
-    tie_virtual_groups(model)  # a group's experts hold one MLP between them
+    tie_virtual_groups(model)  # so that each group keeps computing one whole MLP
     trainer = LoggedTrainer(
         model=model,
         args=TrainingArguments(
@@ -65,13 +59,12 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(arguments.dense, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = float(dense(**trainer.first_batch).loss)
-    print(f"first loss {trainer.first_loss:.5f}, of the dense model {wanted:.5f}")
-    found = inspect(trained, weights=True, dense=arguments.dense)
-    rich.print(rows_table(inspection_rows(found)))
+    print(f"first loss {trainer.first_loss:.5f}, dense model {wanted:.5f}")
+    print(inspect(trained, weights=True, dense=arguments.dense).summary())
 
 
 class LoggedTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that logs the language-model loss by itself, and the load of experts."""
+    """A Trainer that logs the loss without the balancing loss, and the load of the experts."""
 
     first_loss = float("nan")
     first_batch: dict[str, torch.Tensor]
@@ -83,7 +76,7 @@ class LoggedTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - as transformers calls it
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Return the loss as it is, after a look at what it is made of."""
+        """Compute the loss as usual, and log its parts."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         config = self.model.config
         coefficient = getattr(config, "router_aux_loss_coef", 0.0)
@@ -103,7 +96,7 @@ class LoggedTrainer(Trainer):  # type: ignore[misc]
 
 
 def _spread(logits_TN: torch.Tensor, top_k: int) -> float:
-    """Return the standard deviation over the mean of how many tokens experts get."""
+    """Return the coefficient of variation of the number of tokens per expert."""
     load_N = logits_TN.topk(top_k, dim=-1).indices.flatten().bincount(minlength=logits_TN.shape[-1])
     return float(load_N.double().std(correction=0) / load_N.double().mean())
 
@@ -112,7 +105,7 @@ def _rows(tokenizer: Any, text: str) -> list[dict[str, torch.Tensor]]:  # noqa: 
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     whole = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
     if not len(whole):
-        raise SystemExit(f"the text has {len(ids)} tokens, and a row of it {LENGTH}")
+        raise SystemExit(f"the text has {len(ids)} tokens; a training row needs {LENGTH}")
     return [{"input_ids": row, "labels": row} for row in whole]
 
 
@@ -127,9 +120,9 @@ def _arguments() -> argparse.Namespace:
         "--lr",
         type=float,
         default=2e-5,
-        help="peak of the cosine. The paper resets it to the peak of DENSE's pretraining, which no "
-        "checkpoint says and which is meant for batches of millions of tokens; give it for such a "
-        "run. %(default)s is small since a batch here has 256 tokens",
+        help="peak learning rate of the cosine schedule. The paper uses the peak of the dense "
+        "model's pretraining, with batches of millions of tokens. %(default)s is smaller because a "
+        "batch here has 256 tokens",
     )
     return parser.parse_args()
 

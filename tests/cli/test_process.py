@@ -165,7 +165,7 @@ from upcycle_cli.__main__ import main
 class PanicException(BaseException): __module__ = "pyo3_runtime"
 def raise_error(*_, **__): {statement}
 import upcycle_cli.models.overview as overview
-overview.overview = raise_error
+overview.families = raise_error
 main()
 """
 REFUSALS = {

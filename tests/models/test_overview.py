@@ -15,7 +15,7 @@ from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import FUSED, SCALED, Support, engines, trainers
 from upcycle_cli.models.lookup import REFUSED, dense_family, shipped_target, targets_of
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.overview import becomes, overview
+from upcycle_cli.models.overview import becomes, families
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def test_every_causal_language_model_of_transformers_was_looked_at() -> None:
 
 
 def test_the_overview_lists_every_row() -> None:
-    found = overview()
+    found = families()
     assert (found.dense.keys(), found.refused) == (DENSE.keys(), REFUSED)
     inside = (texts for wrapped in found.wrappers.values() for texts in wrapped.values())
     targets = {name for names in (*found.dense.values(), *inside) for name in names}

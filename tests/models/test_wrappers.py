@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from wrapped import Row
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint
-from upcycle_cli.models.overview import overview
+from upcycle_cli.models.overview import families
 from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED
 
@@ -63,7 +63,7 @@ def distance(dense: Path, moe: Path) -> float:
 
 def test_every_wrapper_is_tested() -> None:
     assert WRAPPERS.keys() == wrapped.AROUND.keys()
-    assert overview().wrappers["qwen3_vl"] == {"qwen3_vl_text": ("qwen3_vl_moe_text", SHIPPED)}
+    assert families().wrappers["qwen3_vl"] == {"qwen3_vl_text": ("qwen3_vl_moe_text", SHIPPED)}
 
 
 @pytest.mark.parametrize("row", wrapped.ROWS, ids="-".join)

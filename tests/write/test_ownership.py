@@ -11,8 +11,7 @@ from pathlib import Path
 import engine_fixtures as engine
 import pytest
 
-from upcycle_cli import Destination, UpcycleError
-from upcycle_cli.publish.push import push
+from upcycle_cli import UpcycleError, push
 from upcycle_cli.write.ownership import check_ownership, take_inventory
 
 SHARD = "model-00001-of-00009.safetensors"
@@ -136,7 +135,7 @@ def test_a_changed_output_is_neither_removed_nor_published(
         assert "left as it is" in refused.value.message
     expected = ReachedError if pushing is None else UpcycleError
     with pytest.raises(expected, match=pushing):
-        push(output, Destination(repo="acme/moe"))
+        push(output, "acme/moe")
     assert engine.contents(output) == before
 
 

@@ -33,6 +33,7 @@ from upcycle_cli.checkpoint.storage import (
     json_object,
     read_json,
 )
+from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import shared_extents
 from upcycle_cli.core.safe_files import (
@@ -54,8 +55,8 @@ DiskRanges = tuple[int | tuple[int, int], ...]
 """The number of a device; then where ranges begin, and how far on the disk they lie from there."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Compact):
     """A checkpoint whose headers were read and are consistent."""
 
     storage: Storage

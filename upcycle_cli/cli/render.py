@@ -13,8 +13,8 @@ from upcycle_cli.cli import terminal
 from upcycle_cli.core.text import counted, parameter_text, printable, shell_line, size_text
 
 if TYPE_CHECKING:
-    from upcycle_cli.inspection.summary import Inspection
-    from upcycle_cli.models.overview import Overview, TargetFacts
+    from upcycle_cli.inspection.describe import Inspection
+    from upcycle_cli.models.overview import Families, TargetFacts
     from upcycle_cli.plan.budget import SizedRecipe
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Push
@@ -39,21 +39,20 @@ def command_line() -> str:
 
 def plan_table(plan: Plan) -> Table:
     """Return the table of a plan."""
-    from upcycle_cli.models.engines import support_lines
-    from upcycle_cli.plan.facts import facts
+    from upcycle_cli.plan.facts import plan_rows
 
-    rows = [(key, [text]) for key, text in facts(plan).items()]
-    return terminal.rows_table([*rows, ("engines", support_lines(plan.engines))])
+    return terminal.rows_table(plan_rows(plan))
 
 
 def report_table(report: Report) -> Table:
     """Return the results of verify: a row per check, its failures below its detail."""
-    rows = []
-    for check in report.checks:
-        style = _STATUS_STYLES.get(check.status, "yellow")
-        label = Text.assemble(f"{check.name:9}  ", (check.status, style))
-        rows.append((label, [check.detail, *(f"- {failure}" for failure in check.failures)]))
-    return terminal.rows_table(rows)
+    (rows,) = report.tables()
+    coloured = []
+    for label, lines in rows:
+        status = label.split()[-1]
+        style = _STATUS_STYLES.get(status, "yellow")
+        coloured.append((Text.assemble(label.removesuffix(status), (status, style)), lines))
+    return terminal.rows_table(coloured)
 
 
 def announce_push(repo: str, files: int, nbytes: int) -> None:
@@ -63,20 +62,9 @@ def announce_push(repo: str, files: int, nbytes: int) -> None:
 
 def show_push(push: Push) -> None:
     """Print what a push did, and what the licence requires."""
-    rows = [("repo", [push.url]), ("commit", [push.commit])]
-    if push.pull_request is not None:
-        rows.append(("pull request", [push.pull_request]))
-    what = f"{counted(push.files, 'file')}, {size_text(push.nbytes)}"
-    rows.append(("uploaded", [what if push.changed else f"nothing: the repo has all {what}"]))
-    if push.card_kept:
-        words = "README.md was edited there and is kept (--replace-card replaces it)"
-        rows.append(("card", [words]))
-    for label, names in (("removed there", push.removed), ("left out", push.left_out)):
-        if names:
-            rows.append((label, [", ".join(names)]))
     # Without a terminal, keep addresses in one piece.
     to = terminal.stdout(None if sys.stdout.isatty() else 200)
-    terminal.show(terminal.rows_table(rows), to=to)
+    terminal.show(*map(terminal.rows_table, push.tables()), to=to)
     terminal.warn(*push.reminders)
 
 
@@ -120,7 +108,7 @@ def fits_tables(fits: Sequence[SizedRecipe]) -> list[Table]:
     return [table, terminal.rows_table(rows)]
 
 
-def overview_tables(found: Overview) -> Iterator[Table]:
+def overview_tables(found: Families) -> Iterator[Table]:
     """Yield the supported model types, the targets, and the model types that are not supported."""
     dense = _by_value(found.dense)
     table = _table("dense model types", "targets (default first)")

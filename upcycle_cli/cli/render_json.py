@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upcycle_cli.api import Conversion
     from upcycle_cli.checkpoint.header import TensorEntry
-    from upcycle_cli.inspection.summary import Inspection
+    from upcycle_cli.inspection.describe import Inspection
     from upcycle_cli.models.engines import Engine
-    from upcycle_cli.models.overview import Overview, TargetFacts
+    from upcycle_cli.models.overview import Families, TargetFacts
     from upcycle_cli.plan.budget import SizedRecipe
     from upcycle_cli.plan.output import OutputTensor
     from upcycle_cli.plan.plan import Plan
@@ -109,7 +109,7 @@ def fits_json(fits: Iterable[SizedRecipe]) -> list[dict[str, Any]]:
     ]
 
 
-def overview_json(found: Overview) -> dict[str, Any]:
+def overview_json(found: Families) -> dict[str, Any]:
     """Return the supported model types and targets."""
     targets = {target.name: _target_json(target) for target in found.targets}
     return {"status": "listed", **_pick(found, "dense wrappers refused"), "targets": targets}

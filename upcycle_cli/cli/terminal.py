@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Table  # noqa: TC002 - see RenderableType
 from rich.text import Text
 
 from upcycle_cli.cli.options import with_flags
 from upcycle_cli.cli.process import EXIT_ERROR, StoppedError, stopped
+from upcycle_cli.core import display
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
 from upcycle_cli.core.text import blotted, printable, printable_lines
 
@@ -50,12 +51,7 @@ def stderr() -> Console:
 
 def rows_table(rows: Iterable[tuple[str | Text, Sequence[str]]]) -> Table:
     """Return a table of labels, each with the lines that describe it, with flags for arguments."""
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, lines in rows:
-        table.add_row(label, Text("\n".join(printable(with_flags(line)) for line in lines)))
-    return table
+    return display.rows_table((label, [*map(with_flags, lines)]) for label, lines in rows)
 
 
 def show(*tables: RenderableType, to: Console | None = None) -> None:

@@ -1,25 +1,64 @@
-"""An inspection in words: a property and the lines that describe it, for the table and the page."""
+"""What `inspect` returns, and its rows: properties with the lines that describe them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
-from upcycle_cli.models.engines import support_lines
+from upcycle_cli.models.engines import Engine, Trainer, support_lines
 from upcycle_cli.models.layers import format_layers
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import ExpertLoad
     from upcycle_cli.inspection.experts import WeightFacts
-    from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.inspection.weight_drift import LayerDrift
-
-Row = tuple[str, Sequence[str]]
+    from upcycle_cli.models.overview import TargetFacts
+    from upcycle_cli.plan.plan import Plan
 
 _MAX_LAYERS = 8
 """More layers with idle experts are counted, not named; --json and --report have all."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Inspection(Result):
+    """What `inspect` found; `plan` is there when a recipe was given, or a growth for an MoE."""
+
+    checkpoint: Checkpoint
+    kind: str
+    """dense or moe"""
+    model_type: str
+    targets: tuple[str, ...] = ()
+    becomes: tuple[TargetFacts, ...] = ()
+    """What is known of each target of a dense model."""
+    num_experts: int | None = None
+    top_k: int | None = None
+    routing: str | None = None
+    expert_layout: str | None = None
+    moe_layers: tuple[int, ...] | None = None
+    num_layers: int | None = None
+    total_parameters: int
+    active_parameters: int
+    dense_parameters: int | None
+    engines: tuple[Engine, ...] = ()
+    trainers: tuple[Trainer, ...] = ()
+    record: Mapping[str, Any] | None = None
+    plan: Plan | None = None
+    weights: WeightFacts | None = None
+    load: ExpertLoad | None = None
+    """Which experts the tokens of a text choose, if requested."""
+
+    def tables(self) -> Iterator[Iterable[Row]]:
+        """Yield a table of the checkpoint, and one of what a recipe would make of it."""
+        yield inspection_rows(self)
+        if self.plan is not None:
+            from upcycle_cli.plan.facts import plan_rows
+
+            yield plan_rows(self.plan)
 
 
 def inspection_rows(inspection: Inspection) -> Iterator[Row]:

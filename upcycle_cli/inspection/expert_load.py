@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.texts import CalibrationText
 from upcycle_cli.run.layerwise import started
@@ -44,8 +45,8 @@ class LayerLoad:
         return len(self.idle)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertLoad:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExpertLoad(Compact):
     """The loads of all MoE layers."""
 
     text: str

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
+from upcycle_cli.core.display import Compact
 from upcycle_cli.inspection.weight_drift import LayerDrift, measure_drift
 from upcycle_cli.models.lookup import dense_model
 from upcycle_cli.models.moe_experts import Experts
@@ -22,8 +23,8 @@ from upcycle_cli.verification.neuron_hashes import neuron_hashes
 _MAX_DIFFERING = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightFacts:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WeightFacts(Compact):
     """What the expert weights show; the fields after `shared_works` need the dense models."""
 
     distinct_experts: int

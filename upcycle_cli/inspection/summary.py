@@ -6,10 +6,10 @@ which groups are whole and, given the dense model, how far training has moved th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
@@ -21,55 +21,23 @@ from upcycle_cli.hub.remote_checkpoint import (
     open_source,
     split_revision,
 )
-from upcycle_cli.models.engines import Engine, Trainer, engines_of, trainers
+from upcycle_cli.inspection.describe import Inspection
+from upcycle_cli.models.engines import engines_of, trainers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
 from upcycle_cli.models.moe_experts import find_experts
 from upcycle_cli.models.wrappers import text_config_of
-from upcycle_cli.recipe.recipe import ExpertLayout, Recipe
+from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, to_recipe
 
 if TYPE_CHECKING:
-    from upcycle_cli.inspection.expert_load import ExpertLoad
-    from upcycle_cli.inspection.experts import WeightFacts
-    from upcycle_cli.models.overview import TargetFacts
     from upcycle_cli.plan.inputs import Inputs
     from upcycle_cli.plan.output import Options
-    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.plan.texts import CalibrationText
     from upcycle_cli.recipe.recipe import Growth
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What `inspect` found; `plan` is there when a recipe was given, or a growth for an MoE."""
-
-    checkpoint: Checkpoint
-    kind: str
-    """dense or moe"""
-    model_type: str
-    targets: tuple[str, ...] = ()
-    becomes: tuple[TargetFacts, ...] = ()
-    """What is known of each target of a dense model."""
-    num_experts: int | None = None
-    top_k: int | None = None
-    routing: str | None = None
-    expert_layout: str | None = None
-    moe_layers: tuple[int, ...] | None = None
-    num_layers: int | None = None
-    total_parameters: int
-    active_parameters: int
-    dense_parameters: int | None
-    engines: tuple[Engine, ...] = ()
-    trainers: tuple[Trainer, ...] = ()
-    record: Mapping[str, Any] | None = None
-    plan: Plan | None = None
-    weights: WeightFacts | None = None
-    load: ExpertLoad | None = None
-    """Which experts the tokens of a text choose, if requested."""
-
-
 def inspect(
     path: Path | str,
-    recipe: Recipe | Growth | None = None,
+    recipe: Recipe | Growth | str | None = None,
     *,
     revision: str | None = None,
     target: str = "auto",
@@ -95,6 +63,7 @@ def inspect(
         from upcycle_cli.plan.texts import calibration_text
 
         text = calibration_text(load, "the text")
+    recipe = None if recipe is None else to_recipe(recipe)
     checkpoint = open_source(path, revision)
     if weights or text is not None:
         checkpoint = checkpoint.download()

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import did_you_mean
 from upcycle_cli.models.defaults import defaults_of
@@ -17,8 +18,8 @@ from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 
-@dataclass(frozen=True)
-class Family:
+@dataclass(frozen=True, repr=False)
+class Family(Compact):
     """A dense model and the target that it becomes."""
 
     dense: DenseModel

@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models import defaults
 from upcycle_cli.models.layers import block_types
@@ -137,8 +138,8 @@ def why_unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str
     return found
 
 
-@dataclass(frozen=True)
-class DenseModel:
+@dataclass(frozen=True, repr=False)
+class DenseModel(Compact):
     """A dense model: its family and the effective value of every setting."""
 
     family: DenseFamily

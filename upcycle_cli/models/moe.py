@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upcycle_cli.checkpoint.header import Tensor
+from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import class_names, defaults_of
 from upcycle_cli.models.dense import DenseModel
@@ -139,8 +140,8 @@ class ExtraTensor:
         return self.factor * (1.0 if self.root is None else math.sqrt(settings[self.root]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Target(Compact):
     """An MoE architecture that dense models can become: a row of `NATIVE`, or shipped code."""
 
     model_type: str

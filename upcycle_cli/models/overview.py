@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models import engines as software
 from upcycle_cli.models import lookup
@@ -42,8 +43,8 @@ class TargetFacts:
     """Why a model cannot become it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overview:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Families(Result):
     """The supported model types with their targets, and the others with the reasons."""
 
     dense: Mapping[str, tuple[str, ...]]
@@ -54,9 +55,21 @@ class Overview:
     refused: Mapping[str, str]
     """The reasons by dense model type."""
 
+    def tables(self) -> Iterator[Iterable[Row]]:
+        """Yield the model types with their targets, and the refused ones with the reasons."""
+        yield [(name, [", ".join(targets)]) for name, targets in self.dense.items()]
+        for name, texts in self.wrappers.items():
+            yield [(f"{name} with {text}", [", ".join(texts[text])]) for text in texts]
+        yield [(f"not {name}", [reason]) for name, reason in self.refused.items()]
 
-def overview() -> Overview:
-    """Return what all rows state."""
+
+def families() -> Families:
+    """Return the supported model types: `families().dense["llama"]` are the targets of llama.
+
+    `dense` maps each dense model type to its targets, the default first; `wrappers` does the same
+    for multimodal models; `targets` says what each target can express and which software runs it;
+    `refused` says why other types are not supported.
+    """
     dense = {name: lookup.targets_of(DENSE[name]) for name in sorted(DENSE)}
     wrapped = {
         target: lookup.native_target(target, Inside(wrapper, IN_MEMORY_PREFIXES))
@@ -71,7 +84,7 @@ def overview() -> Overview:
         **wrapped,
         SHIPPED: lookup.shipped_target(DENSE[anyone], "silu", biased=False),
     }
-    return Overview(
+    return Families(
         dense=dense,
         wrappers={
             name: {text_type: lookup.targets_of(family) for text_type, family in families.items()}

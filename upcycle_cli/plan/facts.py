@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from upcycle_cli.core.display import Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
+from upcycle_cli.models.engines import support_lines
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.plan.merge import Merge, NonExpertWeights
 from upcycle_cli.plan.plan import Growing, Plan
@@ -38,6 +40,12 @@ def facts(plan: Plan) -> dict[str, str]:
         reasons = "; ".join(sorted({*plan.dropped.values()}))
         found["left out"] = f"{counted(len(plan.dropped), 'tensor')}: {reasons}"
     return found
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    """Return the table of a plan: its facts, and the engines that run the output."""
+    rows: list[Row] = [(key, [text]) for key, text in facts(plan).items()]
+    return [*rows, ("engines", support_lines(plan.engines))]
 
 
 def _experts_of_growth(plan: Plan, growing: Growing) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
 from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
+from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import Cast, Expr, type_of
 from upcycle_cli.recipe.options import ExpertLayout, member
@@ -54,8 +55,8 @@ class OutputTensor(Tensor):
         return cls(name, kind.dtype, kind.shape, expr, role, layer, expert, parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+@dataclass(frozen=True, slots=True, repr=False)
+class Shard(Compact):
     """One weight file of the output, with its final name and its tensors in order."""
 
     name: str

@@ -18,6 +18,7 @@ from upcycle_cli.checkpoint.card_metadata import CardMetadata
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, model_of, open_reader
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
+from upcycle_cli.core.display import Compact
 from upcycle_cli.models.choose import Family
 from upcycle_cli.models.engines import Engine, engines_of
 from upcycle_cli.models.moe import Target
@@ -36,8 +37,8 @@ _EXPRESSIONS_VERSION = 2
 """Increased whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Upcycling:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Upcycling(Compact):
     """How experts are made of dense MLPs."""
 
     recipe: Recipe
@@ -56,8 +57,8 @@ class Growing:
     source_top_k: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Compact):
     """Everything that will be written, decided before the first byte of it."""
 
     options: Options

@@ -6,7 +6,7 @@ so the same command resumes a push that was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,10 @@ from upcycle_cli.checkpoint.storage import (
     REPORT_NAME,
     WEIGHTS_NAME,
 )
+from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, MOST_JSON_BYTES, matches, read_small
-from upcycle_cli.core.text import printable
+from upcycle_cli.core.text import counted, printable, size_text
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
@@ -58,8 +59,8 @@ class Destination:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Push:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Push(Result):
     """What a push did."""
 
     repo: str
@@ -73,6 +74,21 @@ class Push:
     left_out: tuple[str, ...]  # files of the directory that were not published
     removed: tuple[str, ...]  # weight files and checksums of another model in the repo
     reminders: tuple[str, ...]  # what the licence requires and the repo does not have
+
+    def tables(self) -> Iterator[Iterable[Row]]:
+        """Yield a table of what was uploaded, removed and left out."""
+        rows: list[Row] = [("repo", [self.url]), ("commit", [self.commit])]
+        if self.pull_request is not None:
+            rows.append(("pull request", [self.pull_request]))
+        what = f"{counted(self.files, 'file')}, {size_text(self.nbytes)}"
+        rows.append(("uploaded", [what if self.changed else f"nothing: the repo has all {what}"]))
+        if self.card_kept:
+            words = "README.md was edited there and is kept (--replace-card replaces it)"
+            rows.append(("card", [words]))
+        for label, names in (("removed there", self.removed), ("left out", self.left_out)):
+            if names:
+                rows.append((label, [", ".join(names)]))
+        yield rows
 
 
 def check_destination(destination: Destination) -> None:
@@ -114,16 +130,35 @@ def check_destination(destination: Destination) -> None:
 
 
 def push(
-    directory: Path,
-    destination: Destination,
+    output: Path | str,
+    repo: str,
     *,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    message: str | None = None,
+    replace_card: bool = False,
     on_start: Callable[[int, int], None] | None = None,
 ) -> Push:
-    """Push a complete output to a repo, which is created if necessary.
+    """Upload a finished conversion to the Hub: `push("moe", "my-org/moe", private=True)`.
 
-    `on_start` gets the number of files and of bytes before the upload begins. Raises UpcycleError;
-    the same call then continues from what was uploaded.
+    The repo is created if it does not exist, with `private` as a private one. `revision` is a
+    branch, created if necessary; None means the main branch. `create_pr` opens a pull request
+    instead. `message` is the commit message. A card that was edited on the Hub is kept unless
+    `replace_card` is set. `on_start` gets the number of files and of bytes before the upload.
+
+    Raises UpcycleError if the output is incomplete or was changed, or if the Hub refuses it. The
+    same call then continues with the files that are missing.
     """
+    directory = Path(output)
+    destination = Destination(
+        repo=repo,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        message=message,
+        replace_card=replace_card,
+    )
     # First, because it is faster than reading the files.
     check_destination(destination)
     found = _check_complete(directory)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 
+from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import any_of
 from upcycle_cli.recipe.options import (
@@ -39,6 +40,7 @@ DEFAULT_LOGIT_STD = {
 TIE_LOGIT_STD = 0.001
 """Below this nominal logit standard deviation the float32 softmax itself ties groups."""
 
+_SIZES = ("expansion", "granularity", "top_k")
 _CHOICES = {
     "routing": Routing,
     "scaling": Scaling,
@@ -66,19 +68,22 @@ _LEAST_NOISE = 1e-6
 _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a dense model becomes a mixture of experts; valid by construction.
+@dataclass(frozen=True, repr=False)
+class Recipe(Compact):
+    """How a dense model becomes a mixture of experts: `Recipe("E8G1T2", routing="softmax-topk")`.
 
-    A `routing`, `scale_split` or `router_logit_std` of None means the target's default, which
-    `resolve` fills in.
+    The paper's notation `E8G1T2` stands for `expansion=8, granularity=1, top_k=2`. A choice such as
+    a routing is a member of its enum or the string that it equals. A `routing`, `scale_split` or
+    `router_logit_std` of None means the target's default.
 
     Raises UpcycleError when the values cannot describe any mixture of experts.
     """
 
-    expansion: int
-    granularity: int
-    top_k: int
+    notation: InitVar[str | None] = None
+    _: KW_ONLY
+    expansion: int = 0
+    granularity: int = 0
+    top_k: int = 0
     shared_experts: int = 0
     """K: how many of the G shards form an expert that every token uses."""
     routing: Routing | None = None
@@ -99,7 +104,13 @@ class Recipe:
     reinit: float = 0.0
     """The share of each expert's neurons that are initialised again."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, notation: str | None) -> None:
+        if notation is not None:
+            if self.expansion or self.granularity or self.top_k:
+                words = f"{notation} already sets `expansion`, `granularity` and `top_k`."
+                raise UpcycleError(words, "Use one or the other.")
+            for name, size in zip(_SIZES, parse_recipe_name(notation), strict=True):
+                object.__setattr__(self, name, size)
         if isinstance(self.scaling, int):
             object.__setattr__(self, "scaling", float(self.scaling))
         # Python callers may write "topk-softmax"; it must not compare unequal to the member.
@@ -369,6 +380,11 @@ class Growth:
             )
         if self.top_k is not None and self.top_k < 1:
             raise UpcycleError(f"top-k (T) must be at least 1, not {self.top_k}.")
+
+
+def to_recipe(value: Recipe | Growth | str) -> Recipe | Growth:
+    """Return a recipe as it is, or made from the paper's notation; UpcycleError for others."""
+    return value if isinstance(value, Recipe | Growth) else Recipe(str(value))
 
 
 def parse_recipe_name(text: str) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from upcycle_cli.report.page import Section, Table, properties, render, value_te
 from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
 
 if TYPE_CHECKING:
-    from upcycle_cli.inspection.summary import Inspection
+    from upcycle_cli.inspection.describe import Inspection
 
 _VERDICTS = {
     Status.FAILED: "The MoE does not match the {dense}",

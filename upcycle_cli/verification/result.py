@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from upcycle_cli.core.display import Compact, Result, Row
 
 CHECK_NAMES = ("directory", "weights", "outputs")
 """The checks, in the order in which they run."""
@@ -53,8 +55,8 @@ class LayerMeasure:
     """How many tokens chose each."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextMeasure:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TextMeasure(Compact):
     """One text, and how far the models' predictions of what follows each token are apart."""
 
     tokens: list[str]
@@ -71,8 +73,8 @@ class Continuation:
     moe: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CheckResult(Compact):
     """What one check found."""
 
     name: str
@@ -85,8 +87,8 @@ class CheckResult:
     continuation: Continuation | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report(Result):
     """The results of all checks that were asked for, in the order in which they ran."""
 
     checks: tuple[CheckResult, ...]
@@ -125,6 +127,13 @@ class Report:
         found = {check.status for check in self.checks}
         asked = found == {Status.PASSED} and self.promise != "none"
         return asked or (self.allow_inexact and self.status is Status.MEASURED)
+
+    def tables(self) -> Iterator[Iterable[Row]]:
+        """Yield a table with a row per check, its failures below its detail."""
+        yield [
+            (f"{check.name:9}  {check.status}", [check.detail, *(f"- {f}" for f in check.failures)])
+            for check in self.checks
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""

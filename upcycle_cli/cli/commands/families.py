@@ -9,9 +9,9 @@ from upcycle_cli.cli.terminal import print_json, show
 def families(*, json: bool = options.JSON) -> None:
     """List the supported model types with their targets, engines and trainers."""
     from upcycle_cli.cli.render_json import overview_json
-    from upcycle_cli.models.overview import overview
+    from upcycle_cli.models.overview import families as supported
 
-    found = overview()
+    found = supported()
     if json:
         print_json(overview_json(found))
     else:

@@ -31,19 +31,18 @@ def push(
       upcycle push Llama-3.1-8B-E8G1T2 my-org/Llama-3.1-8B-E8G1T2 --private
     """
     from upcycle_cli.cli.render_json import push_json
-    from upcycle_cli.publish.push import Destination
     from upcycle_cli.publish.push import push as push_directory
 
-    destination = Destination(
-        repo=repo,
+    done = push_directory(
+        directory,
+        repo,
         revision=revision,
         private=private,
         create_pr=create_pr,
         message=message,
         replace_card=replace_card,
+        on_start=None if quiet or json else partial(render.announce_push, repo),
     )
-    announce = None if quiet or json else partial(render.announce_push, repo)
-    done = push_directory(directory, destination, on_start=announce)
     raise_signal()
     if json:
         print_json(push_json(done))

@@ -1,0 +1,93 @@
+"""How results look: rows of text in a terminal, a table in a notebook, and one line as a repr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import MISSING, Field, fields
+from enum import StrEnum
+from html import escape
+from io import StringIO
+from reprlib import Repr
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.core.text import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = tuple[str, Sequence[str]]
+"""A property, and the lines that describe it."""
+
+_MOST_IN_FIELD = 80
+_SHORT = Repr()
+_SHORT.maxlevel = _SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 3
+_SHORT.maxstring = _SHORT.maxother = _MOST_IN_FIELD + 1
+
+
+class Compact:
+    """A dataclass whose repr is one line, without defaults; decorate it with `repr=False`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        found = {field: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        shown = (f"{f.name}={_short(x)}" for f, x in found.items() if not _is_default(f, x))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _short(value: object) -> str:
+    """Return a value in Python's notation; a long one by its type and length."""
+    text = _SHORT.repr(str(value) if isinstance(value, StrEnum) else value)
+    if len(text) <= _MOST_IN_FIELD and "\n" not in text:
+        return text
+    name = type(value).__name__
+    if isinstance(value, Sized) and not isinstance(value, str):
+        return f"<{name} of {len(value)}>"
+    return f"{name}(...)"
+
+
+def _is_default(field: Field[Any], value: object) -> bool:
+    makes = field.default_factory
+    default = field.default if makes is MISSING else makes()
+    return type(value) is type(default) and bool(value == default)
+
+
+class Result(Compact):
+    """What a public function returns: its summary in words, also in a notebook."""
+
+    def tables(self) -> Iterator[Iterable[Row]]:
+        """Yield tables of rows, each a property and the lines that describe it."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return the tables that the command prints, as plain text of 80 columns."""
+        from rich.console import Console
+
+        file = StringIO()
+        console = Console(file=file, width=80, color_system=None, markup=False, emoji=False)
+        for table in self.tables():
+            console.print(rows_table(table))
+            console.print()
+        return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+
+    def _repr_html_(self) -> str:
+        return "\n".join(f"<table>{''.join(map(_html, table))}</table>" for table in self.tables())
+
+
+def _html(row: Row) -> str:
+    label, *lines = (escape(printable(text)) for text in (row[0], *row[1]))
+    left = 'style="text-align:left"'
+    return f"<tr><th {left}>{label}</th><td {left}>{'<br>'.join(lines)}</td></tr>"
+
+
+def rows_table(rows: Iterable[tuple[Any, Sequence[str]]]) -> Table:
+    """Return rows as a table for a terminal; labels are text, plain or rich's."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, lines in rows:
+        table.add_row(label, Text("\n".join(map(printable, lines))))
+    return table
