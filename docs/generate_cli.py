@@ -1,4 +1,4 @@
-"""Write docs/reference/cli.md from the `--help` of every command: `python docs/generate_cli.py`."""
+"""Write docs/reference/cli.md from `--help-all`: `python docs/generate_cli.py`."""
 
 from __future__ import annotations
 

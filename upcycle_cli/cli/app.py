@@ -11,9 +11,10 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from upcycle_cli.cli import process, terminal
-from upcycle_cli.cli.help import FLAGS, PlainCommand, PlainGroup
+from upcycle_cli.cli.help import FLAGS, PlainCommand, PlainHelp
 from upcycle_cli.core.text import did_you_mean
 
 _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
@@ -24,7 +25,7 @@ _UsageError: Any = next(
 )
 
 
-class Commands(PlainGroup):
+class Commands(PlainHelp, TyperGroup):
     """The commands, each imported when it is called; errors become exit codes."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 - as typer has them
@@ -76,6 +77,8 @@ def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
     if type(error).__name__ == "NoSuchOption":
         flags = [flag for each in error.ctx.command.params for flag in each.opts]
         return f"there is no option {error.option_name}. {did_you_mean(error.option_name, flags)}"
+    if match := re.match("No such command '(.*?)'", words):
+        return f"there is no command {match[1]}. {did_you_mean(match[1], _COMMANDS)}"
     if "is not one of" in words:
         value, *choices = re.findall(r"'([^']*)'", error.message)
         known = f"Choose from {', '.join(choices)}."
@@ -113,8 +116,9 @@ def _root(
 ) -> None:
     """Turn a dense Hugging Face checkpoint into a Mixture of Experts, and prove it.
 
-    Start with `upcycle demo`, which needs no model and no network. Every option can also be set by
-    an environment variable: UPCYCLE_CONVERT_RECIPE=E8G1T2 stands for --recipe E8G1T2.
+    Start with `upcycle demo`, which needs no model and no network.
+
+    Variables can set options, too, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
     # Options can be set as UPCYCLE_CONVERT_RECIPE; UPCYCLE_VERSION is left alone, since other
     # tools are likely to set it.

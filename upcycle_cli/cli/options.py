@@ -18,7 +18,7 @@ from upcycle_cli.recipe.recipe import ExpertLayout, ScaleSplit
 RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
-_PATHS = {"FILE", "MODEL", "FILE|builtin"}
+_PATHS = {"FILE", "MODEL"}
 """The metavars of options that take a path."""
 _TABLE = tomllib.loads(Path(__file__).with_name("options.toml").read_text(encoding="utf-8"))
 
@@ -40,12 +40,13 @@ def options_of(command: str) -> Callable[..., Any]:
     return declare
 
 
-def is_rare(command: str, name: str) -> bool:
-    """Whether only --help-all shows an option of a command."""
+def row_of(command: str, name: str) -> dict[str, Any]:
+    """Return an option's row, empty for typer's own; `more` says that only --help-all shows it."""
     for table in (command, "common", "moe"):
         if row := _TABLE.get(table, {}).get(name):
-            return row.get("more") is True or command in (row.get("more") or ())
-    return False
+            more = row.get("more", False)
+            return {**row, "more": more is True or (more and command in more)}
+    return {}
 
 
 _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
