@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | Callable[[Path], object], tuple[str, .
     "no tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), ("no tokenizer",)),
     "dtype": (
         lambda p: edit(p, lambda t: t.update({n: x.float() for n, x in t.items()})),
-        ("is F32 in", "BF16", "--dtype"),
+        ("is F32 in", "BF16", "`dtype`"),
     ),
     "lacks": (lambda p: edit(p, lambda t: t.pop("model.norm.weight")), ("lacks model.norm",)),
 }

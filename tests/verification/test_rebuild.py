@@ -91,7 +91,7 @@ def test_rows_of_a_file_need_the_file(dense: Path, tmp_path: Path) -> None:
     convert(dense, moe, G2(router_init="file"), router_rows=files[0])
     report = verify(dense, moe, checks=COMPARED)
     assert [check.status for check in report.checks] == ["passed", "measured"]
-    assert "--router-init FILE" in report.checks[1].detail
+    assert "`router_init`" in report.checks[1].detail
     assert not report.accepted
     assert verify(dense, moe, checks=COMPARED, router_init=files[0]).accepted
     assert verify(dense, moe, checks=COMPARED, router_init=files[1]).status is Status.FAILED
@@ -114,7 +114,7 @@ def test_rows_fitted_to_a_text_need_the_text(dense: Path, tmp_path: Path) -> Non
     assert record["text"] == "text.txt"
     report = verify(dense, moe, checks=COMPARED)
     assert [check.status for check in report.checks] == ["passed", "measured"]
-    assert "--calibration FILE" in report.checks[1].detail
+    assert "`calibration`" in report.checks[1].detail
     assert verify(dense, moe, checks=COMPARED, calibration=text).accepted
     with pytest.raises(UpcycleError, match=r"other.txt is not the text of the calibration"):
         verify(dense, moe, calibration=other)
@@ -171,7 +171,7 @@ def test_several_models_are_told_apart(models: list[Path], tmp_path: Path, rest:
     assert [check.status for check in report.checks] == ["passed", "passed", "measured"]
     assert "several models" in report.checks[2].detail
     for given, words in (
-        ((), "Name the others with --experts-from"),
+        ((), "Name the others with `experts_from`"),
         (others[:1], "none of the given models"),
         ((*others, first), "no expert is made of"),
     ):

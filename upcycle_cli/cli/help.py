@@ -40,7 +40,7 @@ class PlainHelp:
         shown = [row for row in rows if ctx.meta["help_all"] or not row[3]]
         more = [f"{len(rows) - len(shown)} more options: {ctx.command_path} --help-all"]
         usage = " ".join(["Usage:", ctx.command_path, *self.collect_usage_pieces(ctx)])
-        parts = [usage, self.help, _table(shown), *more[: len(rows) - len(shown)]]
+        parts = [usage, ctx.command.help, _table(shown), *more[: len(rows) - len(shown)]]
         console = terminal.stdout()
         console.width = min(console.width, _WIDEST)
         with console.capture() as captured:

@@ -66,7 +66,7 @@ def choose(
         what = f"{family.title} cannot become {target}"
         what = what if target in NATIVE else f"unknown target {target!r}"
         hint = f"Choose `target` from auto, {', '.join(options)}."
-        raise UpcycleError(f"{what}.", did_you_mean(target, options) or hint)
+        raise UpcycleError(f"{what}.", f"{did_you_mean(target, options)} {hint}".strip())
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
     reasons: dict[str, str] = {}
