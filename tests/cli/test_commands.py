@@ -140,6 +140,15 @@ def test_convert_json_agrees_with_its_dry_run_and_with_the_files(
     assert again["plan_sha256"] == done["plan_sha256"]
 
 
+def test_inspect_a_dense_model_at_a_glance(llama: Path) -> None:
+    done = succeed("inspect", llama)
+    assert len((done.stdout + done.stderr).splitlines()) <= 15
+    assert "mixtral, by default" in done.stdout
+    assert "routings" not in done.stdout
+    assert "routings" in succeed("inspect", llama, "--targets").stdout
+    assert "Next: upcycle inspect" in done.stderr
+
+
 def test_inspect_json(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
     dense = succeed_json("inspect", llama)
     assert (dense["kind"], dense["plan"]) == ("dense", None)
@@ -168,10 +177,28 @@ def test_tensors_are_listed(llama: Path, e2g2t2: Path, recipe: tuple[str, ...]) 
         assert "F32" in line
 
 
-def test_families_json_and_tables_name_every_target() -> None:
+@pytest.mark.parametrize("option", [(), ("--targets",)])
+def test_families_json_and_tables_name_every_target(option: tuple[str, ...]) -> None:
     value = succeed_json("families")
-    text = succeed("families").stdout
+    text = succeed("families", *option).stdout
     assert [name for name in value["targets"] if name not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qwen3", "qwen3_moe (default)"),
+        ("LLaVA", "qwen3 in llava"),
+        ("mixtral", "vLLM"),
+        ("bloom", "residual stream"),
+    ],
+)
+def test_families_answer_for_one_name(name: str, words: str) -> None:
+    assert words in succeed("families", name).stdout
+    value = succeed_json("families", name)
+    lists = ("dense", "wrappers", "targets", "refused")
+    assert name.lower() in {key for each in lists for key in value[each]}
+    assert len({*value["dense"], *value["refused"]}) <= 1
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -202,7 +229,8 @@ def test_tables_fit_the_screen_and_are_plain_in_a_pipe(
     assert done.returncode == ("DAMAGED" in arguments)
     assert done.stdout
     assert "\x1b" not in done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if len(line) > 80 or line[-1:] == " "] == []
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("upcycle convert")]
+    assert [line for line in lines if len(line) > 80 or line[-1:] == " "] == []
     assert "Traceback" not in done.stderr
 
 
@@ -331,6 +359,7 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("inspect", "DENSE", "--dense", "DENSE"), "Add --weights"),
         (("inspect", "DENSE", "--experts-from", "DENSE"), "Add --weights, and --dense"),
         (("inspect", "DENSE", "--report", "r.txt"), ".html"),
+        (("families", "qwen33"), "Did you mean qwen3?"),
         (("convert", "DENSE", "OUT"), "no recipe"),
         (("convert", "DENSE", "OUT", "-E", "2"), "--granularity and --top-k missing"),
         (("convert", "DENSE", "OUT", *RECIPE, "-E", "2"), "one or the other"),

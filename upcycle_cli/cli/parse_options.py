@@ -13,7 +13,7 @@ import typer  # noqa: TC002 - it reads the annotations of a callback
 
 from upcycle_cli.cli.options import MoeOptions, read_path
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.text import did_you_mean
+from upcycle_cli.core.text import did_you_mean, shell_line
 from upcycle_cli.recipe.recipe import (
     Growth,
     NeuronOrder,
@@ -245,6 +245,17 @@ def to_shared_choices(moe: MoeOptions, context: typer.Context) -> SharedChoices:
         "shared_experts": moe.shared_experts,
     }
     return SharedChoices(target=moe.target, options=to_options(moe), recipe=common)
+
+
+def convert_command(context: typer.Context, recipe: str) -> str:
+    """Return the command that converts PATH with a recipe and the choices made here."""
+    source = context.params["path"]
+    words = ["upcycle", "convert", str(source), f"{source.resolve().name}-{recipe}"]
+    words += ["--recipe", recipe]
+    for name in _given(context, *_WITH_BUDGET, "revision"):
+        value = context.params[name]
+        words += [_flag(name)] if value is True else [_flag(name), str(value)]
+    return shell_line(words)
 
 
 def _check_conflicts(context: typer.Context, allowed: Sequence[str], words: str) -> None:

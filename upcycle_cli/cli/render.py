@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     from upcycle_cli.publish.push import Push
     from upcycle_cli.verification.result import Report
 
-_Value = TypeVar("_Value")
 _STATUS_STYLES = {"passed": "green", "failed": "bold red"}
 _MAX_WIDTH = 100
 """A longer cell in a list of tensors moves the rest of its own line only."""
-SIZES_NOTE = (
-    "FLOPs are those of matrix products in the forward pass, without attention scores; × compares "
-    "them with the dense model's. Sizes are those of the parameters: weights in bfloat16, training "
-    "with AdamW (bfloat16 weights and gradients, float32 master weights and moments, 16 bytes "
-    "each). A KV cache and activations need more."
+_MOST_RECIPES = 20
+"""More recipes are listed with --all."""
+_MEMORY_NOTE = (
+    "training takes 16 bytes per parameter over all GPUs together (AdamW with bfloat16 weights and "
+    "gradients, float32 master weights and two moments); activations need more."
 )
 
 
@@ -83,48 +82,85 @@ def tensor_lines(inspection: Inspection) -> Iterator[str]:
         yield "  ".join(text.ljust(width) for text, width in cells).rstrip()
 
 
-def fits_tables(fits: Sequence[SizedRecipe]) -> list[Table]:
-    """Return the recipes that fit a budget, and what the paper says about them."""
-    table = _table("recipe", "parameters", "active", "FLOPs per token", "weights", "training")
-    comments: dict[str, list[str]] = {}
+class Ranking(NamedTuple):
+    """The recipes that fit a budget, best first, and the command that converts with the best."""
+
+    fits: Sequence[SizedRecipe]
+    memory: int | None
+    """The limit in bytes; None without one."""
+    command: str
+
+    def show(self, *, every: bool) -> None:
+        """Print the suggestion, then what can be trained, then what can only run."""
+        shown = self.fits if every else self.fits[:_MOST_RECIPES]
+        title = "Recipes that fit"
+        if self.memory is not None:
+            title = f"Can be trained in {size_text(self.memory)}"
+        groups = {f"{title}, best first": [fit for fit in shown if fit.trains is not False]}
+        groups["Can only run there"] = [fit for fit in shown if fit.trains is False]
+        terminal.show(terminal.rows_table(self._suggestion()))
+        if self.fits[0].trains is not False:
+            terminal.stdout().out("", self.command, sep="\n", highlight=False)  # in one piece
+        terminal.stdout().out("")
+        terminal.show(*(_fits_table(name, rows) for name, rows in groups.items() if rows))
+        notes = {name: f"{name}: {text}" for fit in shown for name, text in fit.warnings.items()}
+        if more := len(self.fits) - len(shown):
+            notes[""] = f"{counted(more, 'more recipe')} fit; --all lists them."
+        terminal.warn(_MEMORY_NOTE, *notes.values())
+
+    def _suggestion(self) -> Iterator[tuple[str, Sequence[str]]]:
+        from upcycle_cli.plan.budget import suggestion
+
+        found = suggestion(self.fits)
+        if found is None:
+            least = min(self.fits, key=lambda fit: fit.training_bytes)
+            needs = f"the smallest, {least.recipe.name}, needs {size_text(least.training_bytes)}"
+            yield "suggested", [f"nothing can be trained in {size_text(self.memory or 0)}: {needs}"]
+            return
+        best, reason = found
+        sizes = (best.total_parameters, best.active_parameters)
+        total, active = map(parameter_text, sizes)
+        flops = f"{best.flops_ratio:.2f} × the dense model's FLOPs"
+        name = f"{best.recipe.name} as {best.target}"
+        yield "suggested", [f"{name}: {total} parameters, {active} active, {flops}"]
+        yield "why", [reason]
+        yield from (("warning", [text]) for text in best.warnings.values())
+        limit = "" if self.memory is None else f" of {size_text(self.memory)}"
+        yield "training", [f"takes {size_text(best.training_bytes)}{limit}, plus activations"]
+
+
+def _fits_table(title: str, fits: Sequence[SizedRecipe]) -> Table:
+    trains = fits[0].trains is not False
+    memory = "training" if trains else "weights"
+    table = _table("recipe", "params", "active", "FLOPs", memory, "warning")
+    table.title, table.title_justify, table.title_style = title, "left", "bold"
     for fit in fits:
-        training = size_text(fit.training_bytes)
         table.add_row(
             fit.recipe.name,
             parameter_text(fit.total_parameters),
             parameter_text(fit.active_parameters),
-            f"{parameter_text(fit.flops_per_token, 'G')} ({fit.flops_ratio:.2f} ×)",
-            size_text(fit.weight_bytes),
-            f"{training}, too large" if fit.trains is False else training,
+            f"{fit.flops_ratio:.2f} ×",
+            size_text(fit.training_bytes if trains else fit.weight_bytes),
+            ", ".join(fit.warnings),
         )
-        for words in fit.paper:
-            comments.setdefault(words, []).append(fit.recipe.name)
-    rows = [("sizes of", [fits[0].target])]
-    if comments:
-        # A comment on more than four recipes is a general one.
-        names = ("" if len(names) > 4 else f"{', '.join(names)}: " for names in comments.values())
-        lines = [name + words for name, words in zip(names, comments, strict=True)]
-        rows.append(("arXiv 2410.07524", lines))
-    return [table, terminal.rows_table(rows)]
+    return table
 
 
-def overview_tables(found: Families) -> Iterator[Table]:
-    """Yield the supported model types, the targets, and the model types that are not supported."""
-    dense = _by_value(found.dense)
-    table = _table("dense model types", "targets (default first)")
-    for targets in sorted(dense, key=len, reverse=True):
-        table.add_row(", ".join(dense[targets]), ", ".join(targets))
-    yield table
-    table = _table("wrapper", "text model inside", "targets (default first)")
-    for wrapper, texts in found.wrappers.items():
-        for text_type, targets in texts.items():
-            table.add_row(wrapper, text_type, ", ".join(targets))
-    yield table
+def family_tables(found: Families) -> Iterator[Table]:
+    """Yield what one model type can become, or why it is not supported."""
+    wrapped = (
+        (f"{text} in {name}", targets)
+        for name, texts in found.wrappers.items()
+        for text, targets in texts.items()
+    )
+    rows = [
+        (name, [f"can become {first}" + (f" (default), {', '.join(others)}" if others else "")])
+        for name, (first, *others) in (*found.dense.items(), *wrapped)
+    ]
+    rows += [(name, [f"not supported: {reason}"]) for name, reason in found.refused.items()]
+    if rows:
+        yield terminal.rows_table(rows)
     yield from target_tables(found.targets)
-    table = _table("not supported", "because")
-    for reason, names in _by_value(found.refused).items():
-        table.add_row(", ".join(names), reason)
-    yield table
 
 
 def target_tables(targets: Iterable[TargetFacts]) -> Iterator[Table]:
@@ -151,14 +187,6 @@ def _table(*names: str) -> Table:
         # Names in the first column are copied: never fold a recipe or a target.
         table.add_column(name, overflow="fold", no_wrap=name in {"recipe", "target"})
     return table
-
-
-def _by_value(values: Mapping[str, _Value]) -> dict[_Value, list[str]]:
-    """Return the names of a mapping by their value."""
-    names: dict[_Value, list[str]] = {}
-    for name, value in values.items():
-        names.setdefault(value, []).append(name)
-    return names
 
 
 def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +100,21 @@ def push_json(push: Push) -> dict[str, Any]:
     }
 
 
-def fits_json(fits: Iterable[SizedRecipe]) -> list[dict[str, Any]]:
-    """Return the recipes that fit a budget."""
+def fits_json(fits: Sequence[SizedRecipe], command: str) -> dict[str, Any]:
+    """Return the recipes that fit a budget, and the suggested one with the command to type."""
+    from upcycle_cli.plan.budget import suggestion
+
+    found = suggestion(fits)
     sizes = "total_parameters active_parameters flops_per_token flops_ratio weight_bytes"
-    return [
-        {"recipe": fit.recipe.name, **_pick(fit, f"target {sizes} training_bytes trains paper")}
-        for fit in fits
-    ]
+    return {
+        "suggestion": found
+        and {"recipe": found[0].recipe.name, "reason": found[1], "command": command},
+        "fits": [
+            {"recipe": fit.recipe.name, "warnings": [*fit.warnings.values()]}
+            | _pick(fit, f"target {sizes} training_bytes trains")
+            for fit in fits
+        ],
+    }
 
 
 def overview_json(found: Families) -> dict[str, Any]:

@@ -65,6 +65,12 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
     """Yield the rows that describe a checkpoint."""
     checkpoint = inspection.checkpoint
     yield "model", [f"{inspection.model_type} ({inspection.kind})"]
+    if inspection.kind == "moe":
+        yield "made from", [_record_text(inspection.record)]
+    if inspection.weights is not None:
+        yield from _weight_rows(inspection.weights, inspection.num_experts)
+    if inspection.load is not None:
+        yield from _load_rows(inspection.load)
     if inspection.num_experts is not None:
         experts = f"{inspection.num_experts} per layer, {inspection.top_k} active"
         stored = f"{inspection.routing}, stored {inspection.expert_layout}"
@@ -79,20 +85,30 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
     yield "parameters", [parameters]
     shards = counted(len(checkpoint.shards), "shard")
     yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
-    if inspection.becomes:
-        able = [target.name for target in inspection.becomes if target.refusal is None]
-        yield "can become", [", ".join(able) or "nothing"]
-        if refused := [target.refusal for target in inspection.becomes if target.refusal]:
-            yield "but not", refused
     if inspection.kind == "moe":
-        yield "upcycle.json", [_record_text(inspection.record)]
         yield "engines", support_lines(inspection.engines)
         if inspection.trainers:
             yield "trainers", support_lines(inspection.trainers)
-    if inspection.weights is not None:
-        yield from _weight_rows(inspection.weights, inspection.num_experts)
-    if inspection.load is not None:
-        yield from _load_rows(inspection.load)
+    else:
+        yield from _target_rows(inspection.becomes)
+
+
+def _target_rows(targets: Sequence[TargetFacts]) -> Iterator[Row]:
+    """Yield the targets of a dense model, and what the default one runs and trains in."""
+    able = [target for target in targets if target.refusal is None]
+    if not able:
+        yield "can become", ["nothing yet", *(target.refusal or "" for target in targets)]
+        return
+    first, *others = able
+    yield "becomes", [f"{first.name}, by default with {first.routings[0]} routing"]
+    if others:
+        names = ", ".join(target.name for target in others)
+        yield "or", [f"{names} (with `target`)"]
+    for label, software in (("engines", first.engines), ("trainers", first.trainers)):
+        names = ", ".join(
+            name for name, routings in software.items() if first.routings[0] in routings
+        )
+        yield label, [names]
 
 
 def _record_text(record: Mapping[str, Any] | None) -> str:
@@ -116,13 +132,11 @@ def _record_text(record: Mapping[str, Any] | None) -> str:
 
 
 def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]:
-    distinct = counted(weights.distinct_experts, "different expert")
-    per_group = f"{weights.granularity} per group by their router rows"
-    yield "weights", [f"{distinct} of {num_experts}, {per_group}"]
-    whole = "yes, in every layer" if weights.whole_groups else "no:"
-    if weights.whole_groups and weights.reordered_groups:
-        whole += f"; {weights.reordered_groups:,} have their neurons in another order"
-    yield "whole groups", [whole, *weights.differing]
+    if len(weights.sources) < 2:  # groups of different models are no copies
+        yield "copies", [_copies_text(weights, num_experts)]
+    if weights.movement is None:
+        rows = f"the same in each group of {weights.granularity} experts"
+        yield "router rows", [rows if weights.granularity > 1 else "all different"]
     if weights.shared_width:
         made = "it contributes to the output" if weights.shared_works else "its output is zero"
         if weights.shared_neurons:
@@ -139,6 +153,19 @@ def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]
         yield from _drift_rows(weights.movement)
 
 
+def _copies_text(weights: WeightFacts, num_experts: int | None) -> str:
+    """Say how many experts still equal their copies in other groups."""
+    distinct, total = weights.distinct_experts, weights.num_experts
+    if weights.diverged:
+        if weights.movement is None and weights.granularity == 1 and distinct == num_experts:
+            return f"all {num_experts} experts of a layer differ; `dense` tells which were copies"
+        return f"{weights.diverged:,} of {total:,} experts have diverged from their copies"
+    words = f"all experts equal their copies: {counted(distinct, 'different expert')} per layer"
+    if weights.reordered_groups:
+        words += f"; {weights.reordered_groups:,} groups have their neurons in another order"
+    return words
+
+
 def _drift_rows(layers: Sequence[LayerDrift]) -> Iterator[Row]:
     moved = [(distance, each.layer, e) for each in layers for e, distance in enumerate(each.moved)]
     most, layer, expert = max(moved)
@@ -146,17 +173,18 @@ def _drift_rows(layers: Sequence[LayerDrift]) -> Iterator[Row]:
     unlike = sum(each.unlike for each in layers) / len(layers)
     apart = sum(each.apart for each in layers) / len(layers)
     if most:
-        where = f"layer {layer}, expert {expert}"
-        yield "moved", [f"{mean:.2%} on average, {most:.2%} at most ({where})"]
-        yield "moved apart", [f"{apart:.2%} from the mean of the copies of a shard"]
+        farthest = f"{most:.2%} at most (layer {layer}, expert {expert})"
+        yield "moved", [f"{mean:.2%} from the dense weights on average, {farthest}"]
+        yield "moved apart", [f"{apart:.2%} from the mean of an expert and its copies"]
     else:
-        yield "moved", ["not at all"]
+        yield "moved", ["not at all: the dense weights, times the scale factors"]
     if unlike:
-        words = "match no neuron of the dense model; not counted above"
+        words = "of the neurons match none of the dense model; the rows above leave them out"
         yield "new neurons", [f"{unlike:.2%} {words}"]
     split, total = sum(e.split_groups for e in layers), sum(e.num_groups for e in layers)
     where = format_layers([each.layer for each in layers if each.split_groups])
-    yield "split groups", [f"{split:,} of {total:,}" + (f", in layers {where}" if split else "")]
+    words = f"{split:,} of {total:,} groups have unequal router rows, in layers {where}"
+    yield "split groups", [words if split else f"none of {total:,}"]
 
 
 def _load_rows(found: ExpertLoad) -> Iterator[Row]:

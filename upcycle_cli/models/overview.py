@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from upcycle_cli.core.display import Result, Row
-from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.text import did_you_mean
 from upcycle_cli.models import engines as software
 from upcycle_cli.models import lookup
 from upcycle_cli.models.choose import choose
@@ -56,11 +58,14 @@ class Families(Result):
     """The reasons by dense model type."""
 
     def tables(self) -> Iterator[Iterable[Row]]:
-        """Yield the model types with their targets, and the refused ones with the reasons."""
-        yield [(name, [", ".join(targets)]) for name, targets in self.dense.items()]
-        for name, texts in self.wrappers.items():
-            yield [(f"{name} with {text}", [", ".join(texts[text])]) for text in texts]
-        yield [(f"not {name}", [reason]) for name, reason in self.refused.items()]
+        """Yield one table: the names of model types and targets."""
+        inside = (f"{name} ({', '.join(texts)})" for name, texts in self.wrappers.items())
+        yield [
+            ("supported", [", ".join(self.dense)]),
+            ("vision models", [", ".join(inside)]),
+            ("not supported", [", ".join(self.refused)]),
+            ("targets", [", ".join(target.name for target in self.targets)]),
+        ]
 
 
 def families() -> Families:
@@ -93,6 +98,28 @@ def families() -> Families:
         targets=tuple(_facts(name, row) for name, row in rows.items()),
         refused=lookup.REFUSED,
     )
+
+
+def only(found: Families, name: str) -> Families:
+    """Return the part that concerns a model type or a target; UpcycleError for an unknown name."""
+    name = name.strip().lower()
+    dense = {key: targets for key, targets in found.dense.items() if key == name}
+    wrappers = {
+        key: {text: targets for text, targets in texts.items() if name in (key, text)}
+        for key, texts in found.wrappers.items()
+        if name in (key, *texts)
+    }
+    refused = {key: reason for key, reason in found.refused.items() if key == name}
+    inside = (targets for texts in wrappers.values() for targets in texts.values())
+    names = {name, *chain(*dense.values(), *inside)}
+    targets = tuple(target for target in found.targets if target.name in names)
+    if not targets and not refused:
+        known = {*found.dense, *found.wrappers, *found.refused, *(t.name for t in found.targets)}
+        raise UpcycleError(
+            f"upcycle does not know the model type {shown(name)}.",
+            did_you_mean(name, sorted(known)),
+        )
+    return Families(dense=dense, wrappers=wrappers, targets=targets, refused=refused)
 
 
 def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFacts, ...]:

@@ -13,11 +13,12 @@ from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.text import shell_line
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.describe import Inspection
-    from upcycle_cli.plan.budget import SizedRecipe
+    from upcycle_cli.plan.budget import Budget
 
 _option = options.options_of("inspect")
 
@@ -30,6 +31,8 @@ def inspect(
     max_params: str | None = _option("max_params", None),
     max_active: str | None = _option("max_active", None),
     gpu_memory: str | None = _option("gpu_memory", None),
+    all_recipes: bool = _option("all_recipes", False),
+    targets: bool = _option("targets", False),
     moe: MoeOptions,
     weights: bool = _option("weights", False),
     dense: Path | None = _option("dense", None),
@@ -43,7 +46,7 @@ def inspect(
     """Show what a checkpoint is, or what converting it would make; reads headers only.
 
     Example:
-      upcycle inspect Llama-3.1-8B --recipe E8G8T8
+      upcycle inspect Llama-3.1-8B --gpu-memory 80GBx8
     """
     if report is not None:
         from upcycle_cli.report.page import check_report_file
@@ -52,14 +55,7 @@ def inspect(
     from upcycle_cli.inspection import summary
 
     budget = values.to_budget(max_params, max_active, gpu_memory)
-    wanted = None if budget is None else values.to_shared_choices(moe, context)
-    if (dense is not None and not weights and load is None) or (
-        experts_from and (dense is None or not weights)
-    ):
-        raise UpcycleError(
-            "--dense needs --weights, and --experts-from needs both.",
-            "Add --weights, and --dense for the first of the models.",
-        )
+    _check_needs(budget, all_recipes, weights, load, dense, experts_from)
     recipe = files = inputs = None
     if budget is None and values.needs_recipe(context):
         from upcycle_cli.plan.inputs import Inputs
@@ -85,55 +81,99 @@ def inspect(
             load=load,
             watch=watch,
         )
+    if targets and found.kind == "moe":
+        words = f"{path} is a mixture of experts, and only dense models can become others."
+        raise UpcycleError(words, "Remove --targets.")
     if report is not None:
         _write_report(report, found, path)
-    fits = None
-    if budget is not None:
-        from upcycle_cli.plan.budget import fitting
-
-        fits = fitting(found.checkpoint, budget, wanted)
+    ranking = None if budget is None else _rank(found, budget, moe, context)
     if json:
-        _print_json(found, fits, tensors=tensors)
+        _print_json(found, ranking, tensors=tensors)
         return
-    _print_tables(found, fits)
+    if ranking is not None:
+        ranking.show(every=all_recipes)
+    else:
+        _print_tables(found, targets=targets)
     if report is not None:
         terminal.talk(f"Wrote {report}.")
     if tensors:
         # One line a tensor, whatever the width of the screen, so that grep finds it.
         terminal.stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
+    elif not (ranking or found.plan or found.weights or found.load):
+        terminal.talk("", f"Next: {_next_command(found, path)}")
 
 
-def _print_json(found: Inspection, fits: Sequence[SizedRecipe] | None, *, tensors: bool) -> None:
+def _rank(
+    found: Inspection, budget: Budget, moe: MoeOptions, context: typer.Context
+) -> render.Ranking:
+    from upcycle_cli.plan.budget import fitting
+
+    fits = fitting(found.checkpoint, budget, values.to_shared_choices(moe, context))
+    command = values.convert_command(context, fits[0].recipe.name)
+    return render.Ranking(fits, budget.gpu_bytes, command)
+
+
+def _check_needs(
+    budget: Budget | None,
+    all_recipes: bool,
+    weights: bool,
+    load: str | None,
+    dense: Path | None,
+    experts_from: Sequence[Path],
+) -> None:
+    """Raise UpcycleError for an option without another one that it needs."""
+    if all_recipes and budget is None:
+        raise UpcycleError("--all needs --max-params, --max-active or --gpu-memory.", "Add one.")
+    if (dense is not None and not weights and load is None) or (
+        experts_from and (dense is None or not weights)
+    ):
+        raise UpcycleError(
+            "--dense needs --weights, and --experts-from needs both.",
+            "Add --weights, and --dense for the first of the models.",
+        )
+
+
+def _print_json(found: Inspection, ranking: render.Ranking | None, *, tensors: bool) -> None:
     from upcycle_cli.cli import render_json
 
     value = render_json.inspection_json(found)
     if tensors:
         value["tensors"] = render_json.tensors_json(found)
-    if fits is not None:
-        value["fits"] = render_json.fits_json(fits)
+    if ranking is not None:
+        value |= render_json.fits_json(ranking.fits, ranking.command)
     terminal.print_json(value)
 
 
-def _print_tables(found: Inspection, fits: Sequence[SizedRecipe] | None) -> None:
+def _print_tables(found: Inspection, *, targets: bool) -> None:
     from upcycle_cli.inspection.describe import inspection_rows
 
-    tables = [terminal.rows_table(inspection_rows(found)), *render.target_tables(found.becomes)]
-    notes: list[str] = []
-    if fits is not None:
-        from upcycle_cli.plan.budget import notable
-
-        shown = notable(fits)
-        tables += render.fits_tables(shown)
-        notes.append(render.SIZES_NOTE)
-        if more := len(fits) - len(shown):
-            notes.append(f"{more} more recipes fit, with a smaller E; --json lists all.")
+    tables, notes = [], list[str]()
     if found.plan is not None:
         from upcycle_cli.plan.warnings import warnings
 
         tables.append(render.plan_table(found.plan))
         notes += warnings(found.plan)
+    if found.plan is None or found.weights is not None or found.load is not None:
+        tables.append(terminal.rows_table(inspection_rows(found)))
+    if targets:
+        tables += render.target_tables(found.becomes)
     terminal.show(*tables)
     terminal.warn(*notes)
+
+
+def _next_command(found: Inspection, path: Path) -> str:
+    """Return a command that helps to go on."""
+    if found.kind == "dense":
+        words, use = (
+            ["inspect", str(path), "--gpu-memory", "80GBx8"],
+            "suggests a recipe for your GPUs",
+        )
+    elif found.record is not None:
+        words, use = ["verify", "DENSE", str(path)], "compares it with its dense model"
+    else:
+        words = ["inspect", str(path), "--weights", "--dense", "DENSE"]
+        use = "measures how far training moved the experts"
+    return f"{shell_line(['upcycle', *words])} {use}."
 
 
 def _write_report(report: Path, found: Inspection, path: Path) -> None:
