@@ -99,7 +99,7 @@ def test_name_experts_that_no_token_chooses(idle_moe: Path, text: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "tensor", "words"),
     [
-        ("*token*", "", ["the model's tokenizer cannot be used", "--dense"]),
+        ("*token*", "", ["the model's tokenizer cannot be used", "`dense`"]),
         ("", "model.norm.weight", ["norm.weight"]),
         ("", ROUTER.format(1), ["gate.weight"]),
         ("", ROUTER.format(0).replace("gate", "experts.2.w1"), ["w1"]),
