@@ -117,7 +117,7 @@ def _check_needs(
     budget: Budget | None,
     all_recipes: bool,
     weights: bool,
-    load: str | None,
+    load: Path | None,
     dense: Path | None,
     experts_from: Sequence[Path],
 ) -> None:
