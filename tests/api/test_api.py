@@ -88,7 +88,7 @@ def test_notebooks_get_escaped_tables() -> None:
     html = type(found)(dense={"<b>": ("x\x1b",)}, wrappers={}, targets=(), refused={})._repr_html_()
     assert "&lt;b&gt;" in html
     assert "\x1b" not in html
-    assert found._repr_html_().count("<tr>") > len(found.dense)
+    assert all(name in found._repr_html_() for name in found.dense)
 
 
 def test_the_guide_runs(hub: Hub, llama: Path, tmp_path: Path) -> None:

@@ -53,12 +53,13 @@ class Inspection(Result):
     """Which experts the tokens of a text choose, if requested."""
 
     def tables(self) -> Iterator[Iterable[Row]]:
-        """Yield a table of the checkpoint, and one of what a recipe would make of it."""
-        yield inspection_rows(self)
+        """Yield what a recipe would make of the checkpoint, or what the checkpoint is."""
         if self.plan is not None:
             from upcycle_cli.plan.facts import plan_rows
 
             yield plan_rows(self.plan)
+        if self.plan is None or self.weights is not None or self.load is not None:
+            yield inspection_rows(self)
 
 
 def inspection_rows(inspection: Inspection) -> Iterator[Row]:

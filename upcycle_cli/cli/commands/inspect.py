@@ -145,20 +145,12 @@ def _print_json(found: Inspection, ranking: render.Ranking | None, *, tensors: b
 
 
 def _print_tables(found: Inspection, *, targets: bool) -> None:
-    from upcycle_cli.inspection.describe import inspection_rows
-
-    tables, notes = [], list[str]()
+    compared = render.target_tables(found.becomes) if targets else ()
+    terminal.show(*map(terminal.rows_table, found.tables()), *compared)
     if found.plan is not None:
         from upcycle_cli.plan.warnings import warnings
 
-        tables.append(render.plan_table(found.plan))
-        notes += warnings(found.plan)
-    if found.plan is None or found.weights is not None or found.load is not None:
-        tables.append(terminal.rows_table(inspection_rows(found)))
-    if targets:
-        tables += render.target_tables(found.becomes)
-    terminal.show(*tables)
-    terminal.warn(*notes)
+        terminal.warn(*warnings(found.plan))
 
 
 def _next_command(found: Inspection, path: Path) -> str:
