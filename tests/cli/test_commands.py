@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ from upcycle_cli.recipe.recipe import (
 
 RECIPE = ("--recipe", "E2G2T2")
 EMBEDDING_BYTES = 4 * VOCAB_SIZE * int(TINY["hidden_size"])
+TABLE = tomllib.loads(Path(options.__file__).with_name("options.toml").read_text("utf-8"))
 COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
 
 
@@ -68,17 +70,26 @@ def damaged(e2g2t2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Help ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [60, 80])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_the_screen_and_breaks_no_choice(command: str, width: int) -> None:
-    text = succeed(command, "--help", COLUMNS=str(width)).stdout
-    assert "Usage:" in text
-    assert all(len(line) <= width for line in text.splitlines())
-    assert succeed(command, "-h", COLUMNS=str(width)).stdout == text
-    assert command in succeed("--help").stdout
-    if command in {"convert", "inspect"}:
-        assert "topk-softmax" in text
-    assert width < 80 or "…" not in text
+def test_help_in_two_levels_fits_any_screen(command: str) -> None:
+    shown = {}
+    for width, flag in itertools.product((60, 80, 120), ("--help", "--help-all")):
+        text = shown[width, flag] = succeed(command, flag, COLUMNS=str(width)).stdout
+        assert text.startswith(f"Usage: upcycle {command} [OPTIONS]")
+        assert [line for line in text.splitlines() if len(line) > width or line[-1:] == " "] == []
+        assert sorted(text.split()) == sorted(shown[60, flag].split())  # no word is broken
+        assert not re.search("[<…]", text)
+        panels = re.split(r"\n(?=\S.*:\n)", text)[1:]
+        assert min(len(re.findall(r"^  -", p, re.MULTILINE)) for p in panels if "\n  -" in p) > 1
+    short, every = shown[80, "--help"], shown[80, "--help-all"]
+    assert len(short.splitlines()) <= 75
+    assert short == succeed(command, "-h").stdout
+    assert (short == every) == ("more options" not in short)
+    flags = {*re.findall(r"--[a-z-]+", every)}
+    assert {*re.findall(r"--[a-z-]+", short)} <= flags
+    table = TABLE.get(command, {}) | (TABLE["moe"] if command in {"convert", "inspect"} else {})
+    rows = {name for name, row in table.items() if "argument" not in row and "flags" not in row}
+    assert {f"--{name.replace('_', '-')}" for name in rows} <= flags
 
 
 @pytest.mark.parametrize(
@@ -95,8 +106,7 @@ def test_help_fits_the_screen_and_breaks_no_choice(command: str, width: int) -> 
     ],
 )
 def test_the_help_of_an_option_names_its_choices(option: str, choices: Iterable[str]) -> None:
-    table = tomllib.loads(Path(options.__file__).with_name("options.toml").read_text("utf-8"))
-    words = re.findall(r"[\w-]+", table["moe"][option]["help"])
+    words = re.findall(r"[\w-]+", TABLE["moe"][option]["help"])
     assert {*choices} <= {*words}
 
 
@@ -370,6 +380,16 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("convert", "DENSE", "OUT", *RECIPE, "--rest", "mean"), "--experts-from MODEL"),
         (("convert", "DENSE", "OUT", *RECIPE, "--private"), "--push-to-hub REPO"),
         (("convert", "", "OUT", *RECIPE), "it is empty"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--calibration", ""), "it is empty"),
+        (("covert",), "Did you mean convert?"),
+        (("convert", "--receipe", "E2G2T2"), "Did you mean --recipe?"),
+        (("inspect", "DENSE", *RECIPE, "--routing", "topk-softmx"), "Did you mean topk-softmax?"),
+        (("inspect", "DENSE", *RECIPE, "--dtype", "bf16"), "Did you mean bfloat16?"),
+        (("inspect", "DENSE", *RECIPE, "--target", "mixtrl"), "Did you mean mixtral?"),
+        (("inspect", "DENSE", *RECIPE, "--router-init", "balancd"), "Did you mean balanced?"),
+        (("inspect", "DENSE", *RECIPE, "--scaling", "exct"), "Did you mean exact?"),
+        (("verify", "DENSE", "DENSE", "--checks", "weigths"), "Did you mean weights?"),
+        (("inspect", "gpt2"), "ORG/NAME"),
         (("convert", "DENSE", *RECIPE), "Missing argument 'OUTPUT'"),
         (("verify", "DENSE", "DENSE", "--checks", "all"), "directory, weights, outputs"),
     ],

@@ -81,7 +81,7 @@ def test_a_recipe_file_says_what_auto_stands_for(plan: Plan, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sed = 1", "u.toml: 'sed' is not an option"),
+        ("sed = 1", "u.toml: 'sed' is not an option.\nDid you mean seed?"),
         ("dry-run = true", "u.toml: 'dry-run' is not an option"),
         ("seed = ", "u.toml is not valid TOML"),
         ('seed = "x"', "--seed"),

@@ -83,7 +83,7 @@ class Push(Result):
         what = f"{counted(self.files, 'file')}, {size_text(self.nbytes)}"
         rows.append(("uploaded", [what if self.changed else f"nothing: the repo has all {what}"]))
         if self.card_kept:
-            words = "README.md was edited there and is kept (--replace-card replaces it)"
+            words = "README.md was edited there and is kept (`replace_card=True` replaces it)"
             rows.append(("card", [words]))
         for label, names in (("removed there", self.removed), ("left out", self.left_out)):
             if names:
