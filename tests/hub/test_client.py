@@ -11,6 +11,7 @@ import pytest
 from hub.server import TOKEN, Hub
 from upcycle_cli import UpcycleError
 from upcycle_cli.hub.client import checked_commit, file_sizes
+from upcycle_cli.hub.remote_checkpoint import open_source
 
 if TYPE_CHECKING:
     from conftest import RunOnHub
@@ -54,7 +55,7 @@ ALTERATIONS: list[tuple[str, str, dict[str, Any], str]] = [
     ("GET", INFO, {"body": lambda answer: answer | {"sha": "../escape"}}, "the commit is"),
     ("GET", INFO, {"body": lambda _: b"[" * 100_000}, ""),
     ("GET", INFO, {"body": lambda _: b"\xff\xfe"}, ""),
-    ("GET", INFO, {"body": list_three_bytes}, "bytes, and 3 in acme/tiny"),
+    ("GET", INFO, {"body": list_three_bytes}, "bytes, but 3 in acme/tiny"),
     ("GET", INFO, {"status": 400, "body": lambda _: {"error": "\x1b[2J" + "x" * 900_000}}, ""),
     # Answers without an end; of a weight file only the requested range is read.
     ("GET", INFO, {"endless": True}, "far more bytes than it announced"),
@@ -107,6 +108,12 @@ def test_explain_settings_that_make_no_sense(
     result = run("inspect", REPO, **{variable: value}, expect=2)
     assert result.stderr.count("error:") == 1
     assert "SECRETPART" not in result.stderr
+
+
+def test_explain_a_huggingface_hub_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.__version__", "0.36.0")
+    with pytest.raises(UpcycleError, match=r"0\.36\.0 is installed"):
+        open_source(REPO)
 
 
 def test_hide_the_token_that_an_answer_quotes(hub: Hub, run: RunOnHub) -> None:

@@ -151,6 +151,16 @@ def test_a_file_that_may_not_be_read(
         verify(dense, moe, checks=["directory"])
 
 
+def test_an_old_transformers_compares_the_weights(
+    dense: Path, moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = types.SimpleNamespace(version="4.57.6")
+    monkeypatch.setattr(run_models, "distributions", lambda **_: iter([old]))
+    assert verify(dense, moe, checks=["directory", "weights"]).accepted
+    with pytest.raises(UpcycleError, match="needs transformers 5 or newer"):
+        verify(dense, moe)
+
+
 @pytest.mark.parametrize("module", [None, types.ModuleType("transformers")])
 def test_a_broken_transformers_is_no_damage(
     dense: Path, moe: Path, module: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch

@@ -66,8 +66,8 @@ def endpoint() -> str:
 def bad_response(problem: str) -> UpcycleError:
     """Return the error for a server that does not behave like the Hub."""
     return UpcycleError(
-        f"{endpoint()} does not answer as the Hub does: {problem}.",
-        "Check HF_ENDPOINT and proxies; nothing of the answer was used.",
+        f"{endpoint()} does not answer like the Hub: {problem}.",
+        "Check HF_ENDPOINT and proxies. The answer was not used.",
     )
 
 
@@ -87,6 +87,7 @@ def hub_session(repo: str, revision: str | None = None) -> Iterator[None]:
     except ValueError as error:
         words = f"huggingface_hub does not start: {error}."
         raise UpcycleError(words, "Check the HF_… variables.") from error
+    _check_version(repo)
     invalid_url = http_client().InvalidURL  # not a subclass of HTTPError
     oidc_error = getattr(errors, "OIDCError", OSError)  # new in huggingface_hub 2
     install_hooks()
@@ -111,6 +112,18 @@ def hub_session(repo: str, revision: str | None = None) -> Iterator[None]:
             f"Check the cache ({constants.HF_HUB_CACHE}), HF_TOKEN, HF_ENDPOINT, proxies and "
             "SSL_CERT_FILE, and run the command again; complete files are kept.",
         ) from error
+
+
+def _check_version(repo: str) -> None:
+    """Raise UpcycleError for versions of huggingface_hub without httpx, which have no hooks."""
+    from huggingface_hub import __version__
+
+    if int(__version__.partition(".")[0]) < 1:
+        raise UpcycleError(
+            f"models on the Hub need huggingface_hub 1 or newer; {__version__} is installed.",
+            "Upgrade: pip install 'huggingface-hub>=1' 'transformers>=5'. Without it, give a "
+            f"directory: `hf download {repo}` prints one.",
+        )
 
 
 def not_cached(repo: str, revision: str | None) -> UpcycleError:

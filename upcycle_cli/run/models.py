@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -33,8 +34,20 @@ class TransformersError(Exception):
     """transformers failed; the message is its own."""
 
 
+def check_transformers() -> None:
+    """Raise UpcycleError if the installed transformers is too old; imports nothing."""
+    found = next((each.version for each in distributions(name="transformers")), "5")
+    if int(found.partition(".")[0]) < 5:
+        raise UpcycleError(
+            f"running a model needs transformers 5 or newer; {found} is installed.",
+            "Upgrade: pip install 'transformers>=5'. Without it you can convert, inspect, and "
+            "compare the weights: upcycle verify DENSE MOE --checks weights",
+        )
+
+
 def _import_transformers() -> None:
-    """Raise UpcycleError where transformers cannot be imported."""
+    """Raise UpcycleError if transformers cannot be imported or is too old."""
+    check_transformers()
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     except Exception as error:

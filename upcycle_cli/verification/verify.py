@@ -35,6 +35,7 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.validate import check_source
 from upcycle_cli.recipe.recipe import Promise
+from upcycle_cli.run.models import check_transformers, transformers_errors
 from upcycle_cli.verification import rebuild
 from upcycle_cli.verification.directory import check_directory
 from upcycle_cli.verification.prompts import TextOptions
@@ -80,6 +81,8 @@ def verify(  # noqa: PLR0913 - options, by name
         hint = did_you_mean("".join(unknown[:1]), CHECK_NAMES)
         raise UpcycleError(what, hint or f"Choose from {', '.join(CHECK_NAMES)}.")
     selected = [name for name in CHECK_NAMES if name in checks]
+    if "outputs" in selected:
+        check_transformers()  # before gigabytes are read
     places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
     others = [locate_model(*split_revision(str(place))) for place in experts_from]
     texts, watch = texts or TextOptions(), watch or Progress()
@@ -184,7 +187,6 @@ class _Case:
         ]
         if unsafe:
             return Findings(unsafe).result("outputs", "", note="The MoE was not run.")
-        from upcycle_cli.run.models import transformers_errors
         from upcycle_cli.verification.outputs import Expectation, check_outputs
 
         with transformers_errors():  # a broken transformers is an error, not damage
