@@ -86,7 +86,7 @@ def busy(
             f"verify / plain: {statistics.median(walls):.2f} of its wall time, "
             f"{statistics.median(processor):.2f} of its processor time"
         )
-        models = demo / "dense", demo / "moe-E8G8T8"
+        models = demo / "dense", demo / "moe"
         alone = measure_verify(*models)
         show("the demo's verify, alone", alone)
         with spinning_processes():

@@ -420,9 +420,17 @@ def test_dtype_and_untying_reach_the_files(make_dense: MakeDense, tmp_path: Path
 
 @pytest.mark.long
 def test_demo(tmp_path: Path, run_cli: RunCli) -> None:
+    from transformers import AutoTokenizer
+
     done = run_cli("demo", tmp_path / "demo", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert "$ upcycle convert" in done.stderr
     assert "passed" in done.stdout
-    assert {entry.name for entry in (tmp_path / "demo").iterdir()} == {"dense", "moe-E8G8T8"}
-    assert read_json(tmp_path / "demo" / "moe-E8G8T8" / "config.json")["num_local_experts"] == 64
+    assert "note:" not in done.stderr
+    dense = tmp_path / "demo" / "dense"
+    config, tokenizer = read_json(dense / "config.json"), AutoTokenizer.from_pretrained(dense)
+    assert config["vocab_size"] == len(tokenizer)
+    for token in ("bos_token", "eos_token", "pad_token"):
+        assert config[f"{token}_id"] == getattr(tokenizer, f"{token}_id")
+    assert tokenizer.decode(tokenizer("Two words")["input_ids"]) == "Two words"
+    assert read_json(tmp_path / "demo" / "moe" / "config.json")["num_local_experts"] == 8

@@ -16,14 +16,16 @@ from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import print_json, stderr, talk
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import shell_line
+from upcycle_cli.plan.texts import builtin_texts
+from upcycle_cli.run.models import transformers_errors
 
 _option = options.options_of("demo")
-_RECIPE = "E8G8T8"
 _NEXT_STEPS = """
-The MoE computes what the dense model computes. With a model of your own:
+The MoE computes what the dense model computes.
+Try your own model (a directory, or ORG/NAME on the Hub):
 
-  upcycle inspect MODEL --recipe E8G8T16
-  upcycle convert MODEL MODEL-E8G8T16 --recipe E8G8T16 --verify
+  upcycle inspect MODEL --gpu-memory 80GB
+  upcycle convert MODEL moe --recipe E8G1T2 --verify
 """
 
 
@@ -32,31 +34,25 @@ def demo(
     directory: Path | None = _option("directory", None, parser=options.read_path),
     json: bool = options.JSON,
 ) -> None:
-    """Make a small dense model, convert it to E8G8T8, inspect and verify it; needs no network."""
+    """Make a small dense model, convert it to E8G1T2 and verify the result; needs no network."""
     folder = directory or Path(tempfile.mkdtemp(prefix="upcycle-demo-"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UpcycleError(f"{folder} exists and is not empty.", "Choose another directory.")
-    dense, moe = str(folder / "dense"), str(folder / f"moe-{_RECIPE}")
+    dense, moe = str(folder / "dense"), str(folder / "moe")
     if not json:
-        talk(f"Making a small dense model (llama, random weights) in {dense} …")
+        talk(f"Making a small Llama with random weights in {dense} …")
     _make_dense(Path(dense))
-    steps = []
-    for arguments in (
-        ["inspect", dense],
-        ["convert", dense, moe, "--recipe", _RECIPE],
-        ["inspect", moe, "--weights", "--dense", dense],
-        ["verify", dense, moe],
-    ):
-        command = ["upcycle", *arguments]
-        line = shell_line(command)
-        if not json:
-            stderr().print(Text(f"\n$ {line}", style="bold"), soft_wrap=True)
-        code, result = _run(context, arguments, as_json=json)
-        steps.append({"command": command, "exit_code": code, "result": result})
-        if code != 0:
-            raise UpcycleError(f"`{line}` failed with exit code {code}.")
+    arguments = ["convert", dense, moe, "--recipe", "E8G1T2", "--verify"]
+    command = ["upcycle", *arguments]
+    line = shell_line(command)
+    if not json:
+        stderr().print(Text(f"\n$ {line}", style="bold"), soft_wrap=True)
+    code, result = _run(context, arguments, as_json=json)
+    if code != 0:
+        raise UpcycleError(f"`{line}` failed with exit code {code}.")
     if json:
-        print_json({"status": "passed", "directory": str(folder), "steps": steps})
+        step = {"command": command, "exit_code": code, "result": result}
+        print_json({"status": "passed", "directory": str(folder), "steps": [step]})
     else:
         talk(*_NEXT_STEPS.splitlines(), "", f"The demo's files stay in {folder}.")
 
@@ -74,33 +70,35 @@ def _run(context: typer.Context, arguments: list[str], *, as_json: bool) -> tupl
 
 
 def _make_dense(path: Path) -> None:
-    """Write a llama checkpoint of 8 layers with random weights, and a tokenizer."""
+    """Write a Llama of 4 layers with random weights, and its tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    tokenizer = _train_tokenizer()
-    tokenizer.save_pretrained(path)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    # Embeddings of the usual size make a random model repeat the current token; larger MLPs make
-    # the experts' output matter.
-    for layer in model.model.layers:
-        for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
-            matrix.weight.data *= 3
-    model.save_pretrained(path)
+    with transformers_errors():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = _train_tokenizer()
+        tokenizer.save_pretrained(path)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        # Embeddings of the usual size make a random model repeat the current token; larger MLPs
+        # make the experts' output matter.
+        for layer in model.model.layers:
+            for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                matrix.weight.data *= 3
+        model.save_pretrained(path)
 
 
 def _train_tokenizer() -> Any:  # noqa: ANN401 - transformers has no types
@@ -108,12 +106,10 @@ def _train_tokenizer() -> Any:  # noqa: ANN401 - transformers has no types
     from tokenizers.implementations import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from upcycle_cli.plan.texts import builtin_texts
-
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     texts = [text for text in builtin_texts() if isinstance(text, str)]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
-        texts, vocab_size=2048, special_tokens=["<s>", "</s>"], show_progress=False
+        texts, vocab_size=2048, special_tokens=[*special.values()], show_progress=False
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special)  # noqa: SLF001
