@@ -95,4 +95,4 @@ def test_it_says_what_to_set_in_each_trainer(llama: Path, tmp_path: Path) -> Non
         assert trainer.precision
         words = f"{trainer.settings}. Master weights: {trainer.precision}."
         assert f"- {trainer.name}: {words}\n" in section
-    assert "1, 2 or 4 ranks can share" in section
+    assert "use 1, 2 or 4 ranks" in section

@@ -30,14 +30,19 @@ if TYPE_CHECKING:
 
 _PATH = r'path = "([^"]+)"'  # the line of the loading code that names the model
 _SERVING = {
-    "vLLM": ("python -m vllm.entrypoints.openai.api_server --model {location}",),
+    "vLLM": ("vllm serve {location}{trust}",),
     "llama.cpp": (
         "hf download {location} --local-dir model",
-        "python convert_hf_to_gguf.py model --outfile model.gguf",
-        "python -m llama_cpp.server --model model.gguf",
+        "python convert_hf_to_gguf.py model --outfile model.gguf  # a file of llama.cpp's",
+        "llama-server --model model.gguf",
     ),
 }
 """The commands on the card, which tests/interoperability/serving.py runs."""
+_FUNCTION = {
+    Promise.EXACT: "Before further training it computes the same function as the original.",
+    Promise.APPROXIMATE: "Before further training it computes nearly the same function.",
+    Promise.NONE: "It does not compute the same function as the original: train it before use.",
+}
 _AFTER_LINK = "To verify it yourself:"
 _LINK = f"[{REPORT_NAME}]({REPORT_NAME}) has figures by layer and by token.\n\n"
 _MAX_REPO_NAME = 96
@@ -58,12 +63,16 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         front_matter=_front_matter(plan),
         title=_markdown(plan.source.name.split("/")[-1]) + title,
         origin=_origins(plan),
+        function=_FUNCTION[plan.promise].format(
+            origin="the source" if plan.growing else "the dense model"
+        ),
         facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
         results=_results(report),
         verify_command=shell_line(verify_command(plan, location)),
         location=json.dumps(location),
         parallel=any_of([n for n in range(1, plan.num_experts + 1) if plan.num_experts % n == 0]),
-        engines=_engines_text(plan, location),
+        engines="\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines),
+        serving=_serving(plan, location),
     )
     return sealed(text.strip())
 
@@ -71,9 +80,9 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
 def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
     """Return the fields of card.md that growth_card.md does not have."""
     ships_code, wrapped = plan.target.ships_code, plan.target.inside is not None
-    experts = "its experts become different and specialize"
+    experts = "the experts, which are copies now, become different and specialize"
     if plan.merge is not None:
-        experts = "its routers learn which model's experts a token needs"
+        experts = "the routers learn which model's experts a token needs"
     notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_warnings(plan))
     return {
         "pronoun": "its" if plan.merge is None else "their",
@@ -112,7 +121,7 @@ def repo_name(text: str, suffix: str = "") -> str:
 def card_for_repo(card: str, repo: str, *, with_report: bool = False) -> str:
     """Return the card with `repo` in its commands and code, and a link to a report.
 
-    An edited card stays as it is.
+    An edited card is returned unchanged.
     """
     found = re.search(_PATH, card)
     if found is None or is_edited(card):
@@ -223,12 +232,12 @@ def _trainers(plan: Plan) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _engines_text(plan: Plan, location: str) -> str:
-    """Return a table row for each tested engine, and the commands that serve the model."""
-    text = "\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines)
+def _serving(plan: Plan, location: str) -> str:
+    """Return the commands that serve the model, for each tested engine that runs it."""
+    trust = " --trust-remote-code" if plan.target.ships_code else ""
+    fields, text = {"location": shell_line([location]), "trust": trust}, ""
     for engine in plan.engines:
         if engine.support is Support.RUNS and engine.name in _SERVING:
-            trust = " --trust-remote-code" if plan.target.ships_code else ""
-            lines = "\n".join(_SERVING[engine.name]).format(location=shell_line([location]) + trust)
+            lines = "\n".join(_SERVING[engine.name]).format(**fields)
             text += f"\n\nTo serve it with {engine.name}:\n\n```sh\n{lines}\n```"
     return text
