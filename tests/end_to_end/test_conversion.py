@@ -160,7 +160,7 @@ def test_a_damaged_output_is_not_taken_for_finished(
     damage(tmp_path / "moe")
     with pytest.raises(UpcycleError, match="not empty"):
         convert(llama, tmp_path / "moe", RECIPE)
-    with pytest.raises(UpcycleError, match="left as it is, because of"):
+    with pytest.raises(UpcycleError, match="is not replaced, because of"):
         convert(llama, tmp_path / "moe", RECIPE, overwrite=True)
 
 

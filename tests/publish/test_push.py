@@ -165,8 +165,8 @@ def test_remind_of_the_licence_in_the_card_that_is_published(
 ) -> None:
     put_card(hub, tmp_path, b"---\nlicense: llama3.1\n---\n# By hand\n")
     said = " ".join(run("push", moe, MOE).stderr.split())
-    assert re.search(r'note: the Llama Community License wants the name .* "Llama"', said)
-    assert "note: the Llama Community License wants the model card to say" in said
+    assert re.search(r'note: the Llama Community License requires the name .* "Llama"', said)
+    assert "note: the Llama Community License requires the model card to say" in said
     put_card(hub, tmp_path, b"# Built with Llama, by hand\n")
     assert "Built with Llama" not in " ".join(run("push", moe, MOE).stderr.split())
 

@@ -98,7 +98,10 @@ HERE = {"MASTER_ADDR": "localhost", "UPCYCLE_JOIN_SECONDS": "2"}
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"WORLD_SIZE": "8", "RANK": "3"}, "without MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
-        (HERE | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "PORT"}, "not all of them came"),
+        (
+            HERE | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "PORT"},
+            "not all of these",
+        ),
     ],
     ids=str,
 )

@@ -132,7 +132,7 @@ def test_a_changed_output_is_neither_removed_nor_published(
         with pytest.raises(UpcycleError) as refused:
             check_ownership(output)
         assert overwriting in refused.value.message
-        assert "left as it is" in refused.value.message
+        assert "not replaced" in refused.value.message
     expected = ReachedError if pushing is None else UpcycleError
     with pytest.raises(expected, match=pushing):
         push(output, "acme/moe")

@@ -108,7 +108,7 @@ def test_a_file_that_appears_at_the_last_moment_is_kept(
 
     monkeypatch.setattr(module, "_finish", train_meanwhile)
     (warning,) = engine.execute(plan, output, overwrite=True).warnings
-    assert f"{aside_of(output)} is what moe was before" in warning
+    assert f"the old output is now {aside_of(output)}" in warning
     assert engine.contents(output) == reference
     assert (aside_of(output) / "model.pt").read_bytes() == b"weeks of work"
 
@@ -184,7 +184,7 @@ def test_the_next_command_ends_an_interrupted_replacement(
     if then == "the same command":
         done = engine.execute(plan, output, overwrite=True)
         assert moment == "after" or done.reused_bytes == plan.nbytes
-        assert ("is back" in " ".join(done.warnings)) == (moment == "between")
+        assert ("its name again" in " ".join(done.warnings)) == (moment == "between")
         expected = reference
     elif then == "another command":
         with pytest.raises(UpcycleError, match="exists and is not empty"):
@@ -195,7 +195,7 @@ def test_the_next_command_ends_an_interrupted_replacement(
         assert names(output.parent) == before
         removed, note = clean(output, remove=True)
         assert removed == shown
-        assert ("is back" in (note or "")) == (moment == "between")
+        assert ("its name again" in (note or "")) == (moment == "between")
     assert engine.contents(output) == expected
     left = ["moe.partial"] if (moment, then) == ("between", "another command") else []
     assert names(output.parent) == ["moe", *left]
@@ -279,5 +279,5 @@ def test_clean_shows_first_and_removes_on_request(plan: Plan, tmp_path: Path) ->
     assert clean(output, remove=False)[0] > 0
     clean(output, remove=True)
     assert names(tmp_path) == []
-    with pytest.raises(UpcycleError, match="Nothing to clean"):
+    with pytest.raises(UpcycleError, match="nothing to clean"):
         clean(output, remove=True)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""The numpy dtype of each; numpy has no bfloat16, which is held as its bits."""
+"""numpy's dtype for each safetensors dtype; numpy has no bfloat16, so its bits are held."""
 
 
 def as_float32(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

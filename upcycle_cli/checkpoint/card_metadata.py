@@ -1,6 +1,6 @@
 """Model cards: the licence and languages of a source's card, and the seal on the cards we write.
 
-A source's card is written by somebody else: only lines of text are taken from its front matter.
+A source's card is untrusted, so only lines of text are taken from its front matter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_card_metadata(directory: Path) -> CardMetadata:
         return CardMetadata(notes=(f"no licence or language is copied from {path}: {words}",))
     values = {key: value for key, value in found.items() if value is not None}
     notes = tuple(
-        f"{path}: {key} is not a line of text, so the new card has none."
+        f"{path}: {key} is not a line of text, so it is not copied to the new card."
         for key, value in found.items()
         if value is None
     )

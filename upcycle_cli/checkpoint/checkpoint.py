@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
 
 DiskRanges = tuple[int | tuple[int, int], ...]
-"""The number of a device; then where ranges begin, and how far on the disk they lie from there."""
+"""A device number; then, for each range, its offset and the distance from there to the disk's."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +115,7 @@ class Checkpoint(Compact):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the record says of a source: its name, and digests of its config and headers."""
+        """The source's entry in the record: its name, and digests of its config and headers."""
         return {
             "name": self.name,
             "revision": self.revision,

@@ -71,8 +71,8 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
     header_bytes = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or header_bytes > min(stamp.size - 8, MOST_LISTING_BYTES):
         raise UpcycleError(
-            f"{file_path} is truncated or no safetensors file: it has {stamp.size:,} bytes, and "
-            f"its header would have {header_bytes:,}, of at most {MOST_LISTING_BYTES:,}.",
+            f"{file_path} is truncated or not a safetensors file: it has {stamp.size:,} bytes, and "
+            f"its header would have {header_bytes:,}; at most {MOST_LISTING_BYTES:,} are allowed.",
             _HINT,
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)

@@ -1,7 +1,7 @@
 """Config keys and files that run foreign code or change what a checkpoint computes.
 
-With them, users of the model get something else than its config and weights describe. So a source
-that has them is refused, and an MoE that has them fails verification. One row for each.
+They make a model compute something other than its config and weights say. A source that has one is
+refused, and an MoE that has one fails verification.
 """
 
 from __future__ import annotations
@@ -98,6 +98,6 @@ def refuse_unsafe_settings(
         found += [f"{name} {effect}" for name in names if matches(name.casefold(), [pattern])]
     if found:
         raise UpcycleError(
-            f"{found[0]}. A conversion would not be the model that its users run.",
-            "If it is not needed, remove it from a copy of the model and convert that.",
+            f"{found[0]}. A conversion would differ from the model that people run.",
+            "If the model does not need it, remove it from a copy and convert the copy.",
         )

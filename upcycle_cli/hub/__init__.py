@@ -1,1 +1,1 @@
-"""The Hugging Face Hub, through huggingface_hub: where sources come from and results go."""
+"""The Hugging Face Hub, through huggingface_hub."""

@@ -91,7 +91,7 @@ def download_model(storage: Storage) -> Path:
         try:
             names = open_storage(storage).files
         except UpcycleError:
-            # The reader of the directory reports what is wrong, in the words of its task.
+            # Whoever opens the directory reports what is wrong with it.
             names = storage.matching([CONFIG_NAME, "*.safetensors", *COMPANIONS])
         storage.download([*names, *storage.matching(_FILES_FOR_VERIFY)])
     return storage.path
@@ -162,7 +162,7 @@ class RepoStorage(Storage):
             found = files.locate(self.path, name).stat().st_size
             if found != size:
                 raise UpcycleError(
-                    f"{path} has {found:,} bytes, and {size:,} in {self.repo}.",
+                    f"{path} has {found:,} bytes, but {size:,} in {self.repo}.",
                     f"Remove it, and run the command again: rm {path}",
                 )
 

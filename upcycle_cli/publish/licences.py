@@ -1,7 +1,7 @@
-"""What the licence of a source asks of whoever publishes a model made from it.
+"""What the licence of a source requires from people who publish a model made from it.
 
-Only the licences that have rules about names or cards, each with a rule in `licences.json`: a
-reminder for the person who publishes, not legal advice. Sources: llama.com/llama3/license,
+`licences.json` has the licences with rules about names or cards. These are reminders, not legal
+advice. Sources: llama.com/llama3/license,
 llama.com/llama3_1/license and later ones (section 1.b), ai.meta.com/llama/license (Llama 2, section
 1.b), ai.google.dev/gemma/terms (section 3.1).
 """
@@ -35,7 +35,7 @@ def reminders(card: str, repo: str, files: Collection[str]) -> tuple[str, ...]:
 def _missing(
     rule: Mapping[str, str], card: str, repo: str, files: Collection[str]
 ) -> Iterator[str]:
-    wants, name = f"the {rule['licence']} wants", repo.rsplit("/", maxsplit=1)[-1]
+    wants, name = f"the {rule['licence']} requires", repo.rsplit("/", maxsplit=1)[-1]
     prefix, phrase = rule.get("prefix", ""), rule.get("phrase", "")
     if not _letters(name).startswith(_letters(prefix)):
         yield f'{wants} the name of the model to begin with "{prefix}"; "{name}" does not.'

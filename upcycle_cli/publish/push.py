@@ -248,7 +248,7 @@ def _create_repo(destination: Destination) -> ModelInfo:
 
 
 def _edited_card(commit: str, card: str, destination: Destination) -> str | None:
-    """Return the repo's card if somebody has written or edited it, so that it must stay."""
+    """Return the repo's card if somebody wrote or edited it; such a card is kept."""
     with client.download_limit(MOST_JSON_BYTES):
         # By its commit: the cache may know an older one for the branch.
         path = client.retry(lambda: client.fetch(destination.repo, CARD_NAME, commit))

@@ -1,4 +1,4 @@
-"""Several processes on one conversion, started by torchrun on a shared file system.
+"""One conversion by several processes, which torchrun starts on a shared file system.
 
 `torchrun --nnodes … --nproc-per-node … -m upcycle_cli convert …` sets RANK and WORLD_SIZE. Rank 0
 leads: it checks, owns the staging directory, writes what only one process can write, and publishes
@@ -70,8 +70,8 @@ class Team:
             self.group = dist.new_group(timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise _leftover(
-                f"WORLD_SIZE says that {self.size} processes share this, and within {seconds} s "
-                f"not all of them came to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}."
+                f"WORLD_SIZE is {self.size}, but not all of these processes connected to "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds} s."
             ) from error
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
 """Evaluates the expressions of a plan, with numpy alone.
 
-Nothing here needs torch, whose import takes longer than converting a small model; the tests compare
-every 16-bit value with its arithmetic. Only code that computes imports this module.
+Importing torch takes longer than converting a small model, so nothing here uses it; the tests
+compare every 16-bit value with torch's arithmetic. Only code that computes imports this module.
 """
 
 from __future__ import annotations
@@ -216,8 +216,7 @@ class _Evaluator:
             norm = _norm(to_float32(stored_H, expr.norm.dtype).astype(np.float64) + expr.offset)
             if not (math.isfinite(norm) and norm > 0):
                 raise UpcycleError(
-                    f"{describe(expr.norm)} is zero or not finite, so no router can be scaled to "
-                    "it."
+                    f"{describe(expr.norm)} is zero or not finite, so the router cannot be scaled."
                 )
         rows = _normal(expr, expr.logit_std / norm, expr.dtype)
         check_rows(to_float32(rows, expr.dtype), expr.dtype, expr.logit_std, expr.stream)

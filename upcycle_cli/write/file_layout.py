@@ -4,9 +4,9 @@ The data starts on a block boundary and tensors of whole blocks come first, so t
 that can share extents (XFS, Btrfs) can share the copies of a shard. The layout depends on the plan
 alone: the files are the same on every file system.
 
-Each unique part is digested once, while it is written; a file's digest is computed from these. A
-check reads the whole file, every copy of a part too. XXH3 is as fast as memory and finds what disks
-and copies do to bytes; it does not stop somebody who wants to deceive.
+Each unique part is hashed once, while it is written; a file's digest is computed from these hashes.
+A check reads the whole file, including every copy of a part. XXH3 is as fast as memory and finds
+accidental damage; it does not protect from deliberate changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Compares an output with its record: which files upcycle wrote, and which differ from that.
+"""Compares an output with its record: which files upcycle wrote, and which have changed since.
 
-`--overwrite` removes unchanged files and no others: a model that was trained further, an edited
-card, or a user's own file must survive. A push publishes them and no others: a working directory
-also holds tokens, drafts and half-trained weights.
+`--overwrite` removes only unchanged files: a model that was trained further, an edited card and a
+user's own files must survive. A push publishes only unchanged files: a working directory may also
+hold tokens, drafts and half-trained weights.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def check_ownership(output: Path) -> str:
     """Return the digest of an output's record; UpcycleError for a file upcycle did not write."""
     if not os.path.lexists(output / RECORD_NAME):
         raise UpcycleError(
-            f"{output} was not made by upcycle (no {RECORD_NAME}); it is left as it is.", _HINT
+            f"{output} was not made by upcycle (no {RECORD_NAME}); it is not replaced.", _HINT
         )
     found = take_inventory(output)
     reasons = {**dict.fromkeys(found.foreign, "upcycle did not write it"), **found.changed}
@@ -100,7 +100,7 @@ def check_ownership(output: Path) -> str:
         if "Made by upcycle" not in card or is_edited(card):
             reasons[CARD_NAME] = "somebody has edited it"
     for name, reason in reasons.items():
-        raise UpcycleError(f"{output} is left as it is, because of {name}: {reason}.", _HINT)
+        raise UpcycleError(f"{output} is not replaced, because of {name}: {reason}.", _HINT)
     return found.record_digest
 
 
@@ -141,8 +141,8 @@ def _listed(output: Path, record: bytes) -> tuple[dict[str, ListedFile], Mapping
         return listed_files(value), dict(value["routers"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UpcycleError) as error:
         raise UpcycleError(
-            f"{output / RECORD_NAME} does not say which files upcycle wrote, so {output} is left "
-            "as it is.",
+            f"{output / RECORD_NAME} does not say which files upcycle wrote, so {output} is not "
+            "replaced.",
             _HINT,
         ) from error
 

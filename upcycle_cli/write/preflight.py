@@ -26,7 +26,7 @@ def check_name(output: Path) -> None:
 
 
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
-    """Raise UpcycleError if writing OUTPUT would harm the source or files of others."""
+    """Raise UpcycleError if writing OUTPUT would harm the source or other files."""
     check_name(output)
     try:
         target, origin = output.resolve(), source.path.resolve()

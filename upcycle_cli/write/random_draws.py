@@ -1,8 +1,8 @@
-"""Random draws, noise on experts, and neurons that are drawn anew.
+"""Random draws for routers, noise on experts, and reinitialized neurons.
 
-A matrix is held once, as it is written; the draws never are. Sums are additions in one fixed order,
-which every processor rounds the same way. Each draw is a pure function of a seed and the name of a
-stream.
+Each draw is a pure function of a seed and the name of a stream. Sums are computed in one fixed
+order, so every processor rounds them the same way. A whole matrix is in memory once; its draws are
+made piece by piece.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> NDArray[Any]:
     pieces = [*_pieces(expr, target)]
     mean, std = _mean_and_std(to_float32(target[piece], dtype) for piece in pieces)
     if not math.isfinite(std):
-        raise UpcycleError(
-            f"{expr.stream}: a weight of the dense model is not finite, so draws have no scale."
-        )
+        raise UpcycleError(f"{expr.stream}: a weight of the dense model is NaN or infinite.")
     source = generator(expr.seed, expr.stream)
     for piece in pieces:
         held = target[piece]

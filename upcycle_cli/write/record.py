@@ -31,7 +31,7 @@ FORMAT = 1
 
 
 def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
-    """Return the record of a conversion, whose files are written except record, card, checksums."""
+    """Return the record of a conversion, after all files but record, card and checksums exist."""
     how = plan.how
     return {
         "format": FORMAT,

@@ -1,6 +1,6 @@
-"""Gathers, casts, scales and transposes matrices a few rows at a time, so that they stay in cache.
+"""Gather, cast, scale and transpose matrices a few rows at a time, so that they stay in cache.
 
-Casts report what the output dtype cannot hold.
+Casts report values that the output dtype cannot hold.
 """
 
 from __future__ import annotations

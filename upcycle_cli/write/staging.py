@@ -186,7 +186,7 @@ def locked(path: Path) -> Iterator[None]:
         # A kill can come before there is a marker.
         if MARKER not in names and not all(map(is_temporary, names)):
             raise UpcycleError(
-                f"{path} is in the way: it is not an unfinished conversion of upcycle.",
+                f"{path} exists and is not an unfinished conversion of upcycle.",
                 "Move it elsewhere, or choose another OUTPUT.",
             )
         # The process that held the lock may have removed the directory meanwhile.
@@ -210,7 +210,7 @@ def check_private(path: Path) -> None:
         if own.st_uid == status.st_uid and own.st_mode & _OTHERS_WRITE:
             return
     raise UpcycleError(
-        f"{path} belongs to another user, or others may write in it; it is not used.",
+        f"{path} belongs to another user, or other users may write in it.",
         f"If it is yours: chmod go-w {path}. If not, choose another OUTPUT.",
     )
 

@@ -117,7 +117,7 @@ def _seal(staging: Staging, *, overwrite: bool) -> str | None:
     staging.seal(replaces=replaces)
     # Check again: somebody may have used the old output in the hours since the first check.
     if occupied and check_ownership(output) != replaces:
-        raise UpcycleError(f"{output} was replaced meanwhile; nothing was published.")
+        raise UpcycleError(f"{output} was replaced by another process; it is not replaced again.")
     return replaces
 
 
@@ -132,7 +132,7 @@ def _finish(output: Path, replaces: str | None) -> str | None:
                 aside.rmdir()  # a kill came after the record had gone
         except (OSError, UpcycleError) as error:
             reason = error.message if isinstance(error, UpcycleError) else error.strerror
-            left = f"{aside} is what {output.name} was before, and is left: {reason}"
+            left = f"the old output is now {aside} and could not be removed: {reason}"
     discard(partial_of(output))
     return left
 
@@ -156,7 +156,7 @@ def recover(output: Path) -> str | None:
         if replaces is None or output.exists() or record_digest(aside) != replaces:
             return None
         aside.rename(output)
-    return f"{output} had been set aside as {aside.name} by a run that was killed, and is back."
+    return f"a killed run had renamed {output} to {aside.name}; it has its name again."
 
 
 def clean(output: Path, *, remove: bool) -> tuple[int, str | None]:
@@ -166,7 +166,7 @@ def clean(output: Path, *, remove: bool) -> tuple[int, str | None]:
     """
     partial = partial_of(output)
     if not is_directory(partial):
-        raise UpcycleError(f"there is no {partial}.", "Nothing to clean.")
+        raise UpcycleError(f"{partial} does not exist.", "There is nothing to clean.")
     with locked(partial):
         nbytes = disk_bytes(partial)
     note = recover(output) if remove else None

@@ -1,11 +1,11 @@
 """Writes the shards of a plan into the staging directory.
 
-Each unique part of a file is written at its first place. Its other places share the extents of the
-first where the file system can (FICLONERANGE), and are written where it cannot. Bytes of the dense
-model go from its pages to the file; everything else is computed, once. A few threads do this side
-by side, each in its own file while there are enough, so that reading, arithmetic, writing and
-waiting for the disk overlap; each holds one part at a time. A file is written under a temporary
-name, made durable, and renamed, so a file under its final name is complete.
+Each unique part of a file is written once. Its copies share the extents of the first one where the
+file system can do that (FICLONERANGE), and are written elsewhere. Unchanged weights go straight
+from the mapped source to the file; everything else is computed, once. A few threads work side by
+side, each on its own file while there are enough, so that reading, arithmetic and writing overlap;
+each holds one part at a time. A file is written under a temporary name, made durable, and renamed,
+so a file under its final name is complete.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ class WriteOptions:
 
 @dataclass
 class Written:
-    """What was found out while shards were written."""
+    """Facts that only writing the shards shows."""
 
     routers: dict[str, str] = field(default_factory=dict)
     """The SHA-256 of each router, by tensor name."""
     vanished: dict[Expr, int] = field(default_factory=dict)
     """How many nonzero values of an expression became zero."""
     shared_bytes: int = 0
-    """Bytes that share extents with equal ones, and take no space."""
+    """Bytes that share extents with equal bytes, so they take no space."""
     reused_bytes: int = 0
     """Bytes that an earlier, unfinished run had written."""
 
     def add(self, other: Written) -> None:
-        """Add what was found out elsewhere."""
+        """Add the facts of other shards."""
         self.routers |= other.routers
         self.vanished |= other.vanished
         self.shared_bytes += other.shared_bytes
@@ -86,7 +86,7 @@ class Written:
 
 
 class _StoppedError(Exception):
-    """Another part failed, or a signal came: this one need not be finished."""
+    """Another thread failed, or a signal came: stop writing."""
 
 
 def write_weights(
@@ -199,7 +199,7 @@ class _Task:
         self.complete.set()
 
     def _facts(self) -> dict[str, object]:
-        """Return what `take_over` in a later run has to know of the file."""
+        """Return the note with which `take_over` recognises the file in a later run."""
         counts = [self.written.vanished.get(part.expr) for part in self.layout.parts]
         return {
             "xxh3_128": file_digest(self.layout, self.crew.digests),
@@ -209,7 +209,7 @@ class _Task:
         }
 
     def write(self) -> None:
-        """Write the file under a temporary name, make it durable, rename it, and note that."""
+        """Write the file under a temporary name, make it durable, rename it, and write its note."""
         staging, durable = self.crew.staging, self.crew.options.fsync
         path = staging.path / self.name
         temporary = staging.path / (self.name + TEMPORARY_SUFFIX)
@@ -325,7 +325,7 @@ class _Task:
 
 @contextmanager
 def _flushed(descriptor: int) -> Iterator[None]:
-    """Have the disk take written data as it comes, rather than most of it at the end."""
+    """Write data to the disk steadily, rather than most of it at the end."""
     stop = Event()
 
     def flush() -> None:
