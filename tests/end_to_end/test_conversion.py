@@ -267,8 +267,7 @@ def test_callbacks_receive_every_step_in_order(llama: Path, tmp_path: Path) -> N
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 VANISHED = (
-    f"93 % of {DOWN} becomes zero in float16, which has nothing as small: use `dtype` bfloat16 or "
-    "float32."
+    f"93 % of {DOWN} is too small for float16 and becomes zero. Use `dtype` bfloat16 or float32."
 )
 
 

@@ -151,7 +151,8 @@ def test_the_example_trains_from_the_dense_models_loss(
     assert untrained is not None
     assert trained.movement is not None
     assert untrained.movement is not None
-    assert not trained.whole_groups
+    assert trained.diverged == trained.num_experts
+    assert untrained.diverged == 0
     for layer in trained.movement:
         assert all(0.001 < distance < 0.5 for distance in layer.moved)
         assert 0 < layer.apart < max(layer.moved)

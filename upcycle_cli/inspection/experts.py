@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,6 @@ from upcycle_cli.inspection.weight_drift import LayerDrift, measure_drift
 from upcycle_cli.models.lookup import dense_model
 from upcycle_cli.models.moe_experts import Experts
 from upcycle_cli.verification.neuron_hashes import neuron_hashes
-
-_MAX_DIFFERING = 8
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -38,12 +35,8 @@ class WeightFacts(Compact):
     """The experts of all layers."""
     diverged: int
     """Experts that have copies in other groups of their layer, but no equal one."""
-    whole_groups: bool
-    """Whether the groups of each layer have the same neurons, in any order."""
     reordered_groups: int = 0
     """Groups of all layers with the same neurons as the first group in another order."""
-    differing: tuple[str, ...] = ()
-    """The experts that differ from the first group's, or one line with their number."""
     shared_width: int = 0
     """The intermediate size of the shared expert; 0 without one."""
     shared_works: bool = False
@@ -75,26 +68,15 @@ def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> Wei
                 factors, movement, num_shared = measure_drift(experts, reader, dense)
             # Training can make the router rows of a group unequal.
             group_size = experts.num_experts // movement[0].num_groups
-        most, diverged, reordered, differing = 0, 0, 0, list[str]()
-        for layer in experts.layers:
-            found = _compare(experts, reader, layer, group_size)
-            most = max(most, len(set(chain(*found.digests))))
-            diverged += found.diverged
-            reordered += found.reordered
-            differing += [f"{experts.name(layer, '')[:-1]}, expert {e}" for e in found.differing]
+        layers = [_compare(experts, reader, layer, group_size) for layer in experts.layers]
         shared = experts.shared_width
         works = shared > 0 and any(experts.shared_works(reader, i) for i in experts.layers)
-    total = experts.num_experts * len(experts.layers)
-    if len(differing) > _MAX_DIFFERING:
-        differing = [f"{len(differing):,} of {total:,} experts differ from the first group"]
     return WeightFacts(
-        distinct_experts=most,
+        distinct_experts=max(distinct for distinct, _, _ in layers),
         granularity=granularity,
-        num_experts=total,
-        diverged=diverged,
-        whole_groups=not differing,
-        reordered_groups=reordered,
-        differing=tuple(differing),
+        num_experts=experts.num_experts * len(layers),
+        diverged=sum(diverged for _, diverged, _ in layers),
+        reordered_groups=sum(reordered for _, _, reordered in layers),
         shared_width=shared,
         shared_works=works,
         shared_neurons=num_shared,
@@ -104,53 +86,27 @@ def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> Wei
     )
 
 
-class _Compared(NamedTuple):
-    """The groups of a layer, compared with the first one."""
+def _compare(experts: Experts, reader: Reader, layer: int, size: int) -> tuple[int, int, int]:
+    """Return how many experts are different, how many diverged, and how many groups are reordered.
 
-    digests: Sequence[Sequence[bytes]]
-    """The digest of each expert, by group."""
-    equal: Sequence[int]
-    """The groups with the same neurons as the first, itself included."""
-    reordered: int
-    """How many of them have their neurons in another order."""
-
-    @property
-    def differing(self) -> list[int]:
-        """The experts that differ from the first group's."""
-        size = len(self.digests[0])
-        return [
-            group * size + shard
-            for group, digests in enumerate(self.digests)
-            for shard in range(size)
-            if group not in self.equal and digests[shard] != self.digests[0][shard]
-        ]
-
-    @property
-    def diverged(self) -> int:
-        """The number of experts that have copies, but no equal one."""
-        if len(self.digests) == 1:
-            return 0
-        copies = [Counter(column) for column in zip(*self.digests, strict=True)]
-        return sum(
-            copies[shard][digest] == 1 and (group not in self.equal or len(self.equal) == 1)
-            for group, digests in enumerate(self.digests)
-            for shard, digest in enumerate(digests)
-        )
-
-
-def _compare(experts: Experts, reader: Reader, layer: int, size: int) -> _Compared:
-    """Compare the groups of a layer, which have `size` experts each."""
+    Groups have `size` experts. An expert has diverged if no other group has the same expert at its
+    place, nor all neurons of its group in another order.
+    """
     groups = [range(start, start + size) for start in range(0, experts.num_experts, size)]
     digests = [[_digest(experts, reader, layer, e) for e in group] for group in groups]
-    first, equal, reordered = b"", [0], 0
-    for number, group in enumerate(groups[1:], 1):
-        if digests[number] != digests[0]:
-            first = first or _neurons(experts, reader, layer, groups[0])
-            if _neurons(experts, reader, layer, group) != first:
-                continue
-            reordered += 1
-        equal.append(number)
-    return _Compared(digests, equal, reordered)
+    distinct = len({*chain(*digests)})
+    if all(own == digests[0] for own in digests):
+        return distinct, 0, 0
+    neurons = [_neurons(experts, reader, layer, group) for group in groups]
+    alone = [neurons.count(each) == 1 for each in neurons]
+    places = [Counter(column) for column in zip(*digests, strict=True)]
+    diverged = sum(
+        alone[group] and place[own[shard]] == 1
+        for group, own in enumerate(digests)
+        for shard, place in enumerate(places)
+    )
+    same = zip(neurons, digests, strict=True)
+    return distinct, diverged, sum(n == neurons[0] and d != digests[0] for n, d in same)
 
 
 def _digest(experts: Experts, reader: Reader, layer: int, expert: int) -> bytes:

@@ -1,4 +1,7 @@
-"""Warnings: what the user should know before converting, and before training the result."""
+"""Warnings: what the user should know before converting, and before training the result.
+
+A warning says what happens and what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,9 @@ from upcycle_cli.recipe.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, Routi
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
 _LEAST_NOISE = {"BF16": 1e-3, "F16": 1e-4}
-"""Relative to a matrix' standard deviation: a quarter of the rounding error of such a weight."""
+"""A quarter of a weight's rounding error, relative to the matrix's standard deviation."""
 _NOTABLE_SHARE = 1e-3
-"""The share of a tensor's weights: in every tensor a few weights are so small that their loss does
-not matter."""
+"""In every tensor a smaller share of the weights is so tiny that losing it does not matter."""
 
 SILENTLY_WRONG = {
     *(Support.UNTIED_OR_WRONG, Support.BALANCED_OR_WRONG, Support.PER_EXPERT_OR_WRONG),
@@ -34,9 +36,8 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield f"{made} promises no equality with the {source}: {plan.why_no_promise}."
     elif plan.growing:
         yield (
-            "copies of an expert are chosen together and get equal gradients, so training keeps "
-            "them equal until something tells them apart: noise on their rows or weights, or a "
-            "top-k that picks only some of them."
+            "training keeps the copies of an expert equal, since they get equal gradients. Add "
+            "noise to their router rows or weights, or use a top-k that chooses only some of them."
         )
     if plan.growing is None:
         yield from training_warnings(plan)
@@ -56,35 +57,34 @@ def training_warnings(plan: Plan) -> Iterator[str]:
     if grouped and recipe.routing is not Routing.SOFTMAX_TOPK and recipe.top_k == recipe.group_size:
         yield _no_gradient(plan)
     if recipe.neuron_order is not NeuronOrder.SLICED and recipe.group_size == 1:
-        yield "every expert has all routed neurons of the dense MLP: their order changes nothing."
+        yield "each expert has all neurons of the dense MLP, so their order changes nothing."
     if recipe.trains_tied and recipe.routing is Routing.SOFTMAX_TOPK and not target.ships_code:
         yield (
-            "the first steps of training split virtual groups, and the dense model's function is "
-            "lost, unless you call upcycle_cli.training.tie_virtual_groups(model) first."
+            "the first steps of training split virtual groups, which loses the dense model's "
+            "function. Call upcycle_cli.training.tie_virtual_groups(model) before training."
         )
     frozen = [row.name for row in target.extra_tensors if row.frozen]
     if frozen:
         yield (
-            f"freeze {' and '.join(frozen)} in training (requires_grad_(False)): an optimizer "
-            "step is so large compared to it that a few lead far from the dense model."
+            f"freeze {' and '.join(frozen)} in training (requires_grad_(False)): its values are so "
+            "small that a few optimizer steps would change the model completely."
         )
     if target.inside is not None and not target.has_balancing_loss:
         yield (
-            f"transformers' {target.outer_type} adds no load-balancing loss in training, whatever "
-            "is inside; `target` upcycled ships code that does."
+            f"transformers' {target.outer_type} adds no load-balancing loss in training. The code "
+            "that `target` upcycled ships does."
         )
     if plan.promise is Promise.APPROXIMATE:
         yield (
             "softmax-topk equals the dense model only up to the router's logits (std "
-            f"{recipe.router_logit_std:g}). topk-softmax with a top-k of 2G or more is exact, and "
-            "trained better where both were measured, at a tiny scale; with granularity, so did "
-            "`router_logit_std` 1, at the price of equality."
+            f"{recipe.router_logit_std:g}). topk-softmax with a top-k of at least 2G is exact, and "
+            "trained better in our study of a tiny model."
         )
         std = recipe.router_logit_std or 1.0
         if recipe.group_size > 1 and recipe.expansion > 1 and std < TIE_LOGIT_STD:
             yield (
                 f"at `router_logit_std` {std:g} the softmax rounds different groups to the same "
-                f"value, which splits them; {TIE_LOGIT_STD:g} is safer."
+                f"value, which splits them. Use {TIE_LOGIT_STD:g} or more."
             )
 
 
@@ -94,19 +94,15 @@ def _no_gradient(plan: Plan) -> str:
         return "with one group there is nothing to route between."
     size = "G - K" if recipe.shared_experts else "G"
     between = " between groups" if recipe.group_size > 1 else ""
-    able = Routing.SOFTMAX_TOPK in target.routings
-    other = ", with softmax-topk from the start" if able else ""
-    text = (
-        f"top-k equals {size}, so the gates of a token's one group sum to 1 and the "
-        f"language-model loss gives the router no gradient{between}: only balancing trains it. "
-        f"With a top-k of {2 * recipe.group_size} or more it gets one as copies move apart{other}."
-    )
+    remedy = f"Use a top-k of {2 * recipe.group_size} or more"
+    if Routing.SOFTMAX_TOPK in target.routings:
+        remedy += ", or softmax-topk"
     if recipe.trains_tied and not target.ships_code:
-        text += (
-            " Tie virtual groups (upcycle_cli.training.tie_virtual_groups), with which models "
-            "trained better, at a tiny scale."
-        )
-    return text
+        remedy += ". Otherwise tie virtual groups (upcycle_cli.training.tie_virtual_groups)"
+    return (
+        f"top-k equals {size}, so the gates of a token's one group sum to 1, and the "
+        f"language-model loss gives the router no gradient{between}. {remedy}."
+    )
 
 
 def _storage_warnings(plan: Plan) -> Iterator[str]:
@@ -115,58 +111,52 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
     scale = plan.factors.output(plan.family.dense.mlp_kind)
     if dtype == "F16" and scale > 1:
         yield (
-            f"in float16 an expert's output, {scale:g} times its part of the "
-            "dense MLP's before the gate, can exceed 65504 and become NaN. Use bfloat16 where the "
-            "hardware has it, and `verify=True`, which measures it."
+            f"scaling makes the outputs of experts {scale:g} times larger, and float16 overflows "
+            "above 65504. Use bfloat16, or check with `verify=True`."
         )
     if 0 < recipe.noise < _LEAST_NOISE.get(dtype, 0.0):
-        yield (
-            f"{TORCH_DTYPES[dtype]} rounds most of a noise of {recipe.noise:g} away; use more, or "
-            "`dtype` float32."
-        )
+        words = f"{TORCH_DTYPES[dtype]} rounds most of a noise of {recipe.noise:g} away"
+        yield f"{words}. Use more noise, or `dtype` float32."
     if ITEM_BYTES[dtype] == 2 and size * 2 % 16:
         yield (
-            f"experts {size} wide have rows of {size * 2} bytes; the grouped matrix product of "
-            "transformers and others needs multiples of 16. Use another granularity."
+            f"rows of experts {size} wide have {size * 2} bytes, but the grouped matrix product of "
+            "transformers needs multiples of 16. Use another granularity."
         )
     router_dtype = next(tensor.dtype for tensor in plan.tensors if tensor.role is Role.ROUTER)
     row_std = std / math.sqrt(plan.family.dense.hidden_size)
     if router_dtype == "F16" and row_std < _FP16_SMALLEST_NORMAL:
-        yield (
-            f"router weights of about {row_std:.0e} lose precision in float16; "
-            "use bfloat16 or a larger `router_logit_std`."
-        )
+        words = f"router weights of about {row_std:.0e} lose precision in float16"
+        yield f"{words}. Use bfloat16 or a larger `router_logit_std`."
     shared = plan.target.shared
     if router_dtype == "F16" and recipe.shared_experts and shared and shared.router:
         yield (
-            "float16 rounds the row of the shared expert's gate to 0: exact, but llama.cpp divides "
-            "by its logit. Use bfloat16 for llama.cpp."
+            "float16 rounds the gate of the shared expert to 0. That is exact, but llama.cpp "
+            "divides by it. Use bfloat16 for llama.cpp."
         )
     if plan.promise is Promise.EXACT and plan.rounded_parts and dtype != "F32":
         part = plan.rounded_parts[-1]
         yield (
-            f"c = {plan.factors.c:g} is not a power of two: {part} of the experts is multiplied by "
-            f"{plan.factors.of(part):g}, which {TORCH_DTYPES[dtype]} rounds, and the outputs "
-            "differ by that. `dtype` float32 keeps the product, and so does a target whose config "
-            "holds c, by `scale_split` config."
+            f"the factor {plan.factors.of(part):g} on the experts' {part} is not a power of two, "
+            f"so {TORCH_DTYPES[dtype]} rounds the weights, and outputs differ slightly. Use "
+            "`dtype` float32, or `scale_split` config if the target has it."
         )
 
 
 def _source_warnings(plan: Plan) -> Iterator[str]:
     if len({*plan.family.dense.windows}) > 1:
         yield (
-            "some layers have a window and some have none: transformers 4 gives every layer of "
-            f"{plan.target.model_type} the same, and computes something else."
+            "only some layers have a sliding window, but transformers 4 treats all layers of "
+            f"{plan.target.model_type} alike and computes something else. Use transformers 5."
         )
     if plan.source.config.get("auto_map"):
         yield (
-            "the model's own code (auto_map) is left out: transformers itself has "
+            "the model's own code (auto_map) is left out, since transformers itself has "
             f"{plan.family.dense.model_type}."
         )
 
 
 def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
-    """Say that many weights became zero in the output's dtype; `counts` has their number."""
+    """Warn if many weights became zero in the output's dtype; `counts` has their number."""
     lost: Counter[tuple[str, str]] = Counter()
     for expr, count in counts.items():
         for name in source_names(expr):
@@ -177,6 +167,6 @@ def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
         return None
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     return (
-        f"{100 * shares[name, dtype]:.3g} % of {name} becomes zero in {dtype}, which has nothing "
-        f"as small: use `dtype` {wider}."
+        f"{100 * shares[name, dtype]:.3g} % of {name} is too small for {dtype} and becomes zero. "
+        f"Use `dtype` {wider}."
     )
