@@ -14,7 +14,8 @@ INTRODUCTION = """\
 
 Generated from `--help-all` by `python docs/generate_cli.py`; a test checks that it is current.
 
-Data goes to stdout, talk to stderr; `--json` prints one JSON object on stdout and nothing else.
+Data goes to stdout, talk to stderr. `--json` prints one JSON object on stdout and nothing else;
+[schema.json](schema.json) describes the object of every command.
 Exit codes: 0 done, 1 a verification failed, 2 bad usage, input or resource, 70 a bug in upcycle,
 129 SIGHUP, 130 SIGINT, 143 SIGTERM.
 """

@@ -370,7 +370,7 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("inspect", "DENSE", "--experts-from", "DENSE"), "Add --weights, and --dense"),
         (("inspect", "DENSE", "--report", "r.txt"), ".html"),
         (("families", "qwen33"), "Did you mean qwen3?"),
-        (("convert", "DENSE", "OUT"), "no recipe"),
+        (("convert", "DENSE", "OUT"), "no recipe is given"),
         (("convert", "DENSE", "OUT", "-E", "2"), "--granularity and --top-k missing"),
         (("convert", "DENSE", "OUT", *RECIPE, "-E", "2"), "one or the other"),
         (("convert", "DENSE", "OUT", *RECIPE, "--expand", "2"), "takes no --recipe"),

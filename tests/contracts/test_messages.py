@@ -33,8 +33,7 @@ def test_messages_below_the_command_line_name_no_flags() -> None:
     ("text", "shown"),
     [
         ("leave out `top_k`.", "leave out --top-k."),
-        ("pass `allow_inexact=True` or `expand=2`", "pass --allow-inexact or --expand 2"),
-        ("`virtual_groups=False`, `fsync=False`", "--no-virtual-groups, --no-fsync"),
+        ("pass `allow_inexact=True` or `expand` 2", "pass --allow-inexact or --expand 2"),
         ("`source` of `upcycle demo`: `absent`", "SOURCE of `upcycle demo`: `absent`"),
     ],
 )

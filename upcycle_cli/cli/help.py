@@ -1,7 +1,6 @@
 """`--help` as plain text in two levels: `--help-all` has the options that few people need, too.
 
-Words stay whole at any width, and no panel has a single option. Typer's own help draws boxes, which
-leave little of a narrow screen.
+Words stay whole at any width. Typer's own help draws boxes, which leave little of a narrow screen.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
@@ -18,7 +16,6 @@ from upcycle_cli.cli import options, terminal
 FLAGS = ["-h", "--help", "--help-all"]
 _WIDEST = 100
 _FIRST, _LAST = "Arguments", "Options"
-"""The last panel has --help, and options that would be alone in theirs."""
 
 
 class PlainHelp:
@@ -36,35 +33,24 @@ class PlainHelp:
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Write the help; typer calls this for --help, and where a command is missing."""
-        rows = [*_rows(self, ctx)]
+        rows, table = [*_rows(self, ctx)], []
         shown = [row for row in rows if ctx.meta["help_all"] or not row[3]]
-        more = [f"{len(rows) - len(shown)} more options: {ctx.command_path} --help-all"]
+        for name in sorted(dict.fromkeys(panel for panel, *_ in shown), key=_LAST.__eq__):
+            table += [("", [""]), (f"{name}:", [""])]
+            table += [(f"  {flags}", [words]) for panel, flags, words, _ in shown if panel == name]
         usage = " ".join(["Usage:", ctx.command_path, *self.collect_usage_pieces(ctx)])
-        parts = [usage, ctx.command.help, _table(shown), *more[: len(rows) - len(shown)]]
+        more = f"{len(rows) - len(shown)} more options: {ctx.command_path} --help-all"
+        parts: list[Any] = [Text(usage), Text(ctx.command.help), terminal.rows_table(table[1:])]
+        parts += [Text(more)] if len(shown) < len(rows) else []
         console = terminal.stdout()
         console.width = min(console.width, _WIDEST)
         with console.capture() as captured:
-            terminal.show(*(Text(p) if isinstance(p, str) else p for p in parts), to=console)
+            terminal.show(*parts, to=console)
         formatter.write(captured.get())
 
 
 class PlainCommand(PlainHelp, TyperCommand):
     """A command with plain help."""
-
-
-def _table(rows: list[tuple[str, str, str, bool]]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    panels = [panel for panel, *_ in rows]
-    order = [name for name in dict.fromkeys(panels) if name == _FIRST or panels.count(name) > 1]
-    for name in (*(each for each in order if each != _LAST), _LAST):
-        if table.rows:
-            table.add_row()
-        table.add_row(Text(f"{name}:", "bold"))
-        for panel, flags, words, _ in rows:
-            if panel == name or (name == _LAST and panel not in order):
-                table.add_row(Text(f"  {flags}", "cyan"), words)
-    return table
 
 
 def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, str, str, bool]]:  # noqa: ANN401

@@ -49,22 +49,16 @@ def row_of(command: str, name: str) -> dict[str, Any]:
     return {}
 
 
-_ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
+_FLAGS = {
+    name: row.get("argument") or (row.get("flags") or [f"--{name.replace('_', '-')}"])[0]
+    for table in reversed(_TABLE.values())
+    for name, row in table.items()
+}
 
 
 def with_flags(text: str) -> str:
     """Return a message with flags for the arguments that it names: `top_k` becomes --top-k."""
-
-    def flag(match: re.Match[str]) -> str:
-        name, value = match.groups()
-        rows = [rows[name] for rows in _TABLE.values() if name in rows]
-        if not rows:
-            return match[0]
-        names = (rows[0].get("flags") or [f"--{name.replace('_', '-')}"])[0].split("/")
-        shown = rows[0].get("argument") or names[-1 if value == "False" else 0].strip()
-        return shown if value in {None, "True", "False"} else f"{shown} {value}"
-
-    return _ARGUMENT.sub(flag, text)
+    return re.sub(r"`(\w+)(?:=True)?`", lambda match: _FLAGS.get(match[1], match[0]), text)
 
 
 def read_path(text: str) -> Path:

@@ -287,9 +287,8 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
     missing = [_flag(name) for name in _SIZES if name not in found]
     if missing:
         raise UpcycleError(
-            f"{' and '.join(missing)} missing." if found else "no recipe.",
-            "Give --recipe E8G1T2 (8 experts, 2 active), or --expansion, --granularity and "
-            "--top-k; to grow an MoE, --expand 2.",
+            f"{' and '.join(missing)} missing." if found else "no recipe is given.",
+            "Add --recipe E8G1T2 (8 experts, 2 active), or --expand 2 to grow an MoE.",
         )
     return found
 

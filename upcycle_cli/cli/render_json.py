@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from upcycle_cli.cli.options import with_flags
+
 if TYPE_CHECKING:
     from upcycle_cli.api import Conversion
     from upcycle_cli.checkpoint.header import TensorEntry
@@ -72,7 +74,7 @@ def plan_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "engines": _engines_json(plan.engines),
-        "warnings": [*warnings(plan), *notes],
+        "warnings": [*map(with_flags, (*warnings(plan), *notes))],
         "plan_sha256": plan.digest,
     }
 

@@ -117,23 +117,16 @@ def _json_value(value: object) -> object:
     """Return a value without passwords, and with None for numbers that JSON does not have."""
     match value:
         case dict():
-            return {_valid(key): _json_value(_sentences(key, item)) for key, item in value.items()}
+            return {
+                _valid(key): _json_value(with_flags(item) if key == "detail" else item)
+                for key, item in value.items()
+            }
         case list() | tuple():
             return [_json_value(item) for item in value]
         case str():
             return _valid(blotted(value))
         case float() if not math.isfinite(value):
             return None
-    return value
-
-
-def _sentences(key: str, value: object) -> object:
-    """Return a value of JSON; those that are sentences get flags for the arguments they name."""
-    match key, value:
-        case ("warnings" | "failures", list()):
-            return [with_flags(text) for text in value]
-        case ("detail", str()):
-            return with_flags(value)
     return value
 
 

@@ -63,10 +63,11 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        what = f"{family.title} cannot become {target}"
-        what = what if target in NATIVE else f"unknown target {target!r}"
         hint = f"Choose `target` from auto, {', '.join(options)}."
-        raise UpcycleError(f"{what}.", f"{did_you_mean(target, options)} {hint}".strip())
+        if target in NATIVE:
+            raise UpcycleError(f"{family.title} cannot become {target}.", hint)
+        hint = f"{did_you_mean(target, options)} {hint}".strip()
+        raise UpcycleError(f"unknown target {target!r}.", hint)
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
     reasons: dict[str, str] = {}

@@ -42,7 +42,7 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     if is_moe(config):
         raise UpcycleError(
             f"this is a mixture of experts already (model_type {model_type}).",
-            "Only a dense model can be upcycled. To double the experts of this one, use `expand=2` "
+            "Only a dense model can be upcycled. To double the experts of this one, use `expand` 2 "
             "without a recipe.",
         )
     is_wrapper = wrappers.wrapper_of(config) is not None

@@ -75,12 +75,12 @@ def _check_sizes(growth: Growth, experts: Experts, num_experts: int, top_k: int)
     k, exact = growth.expand, growth.expand * experts.top_k
     if num_experts > MAX_EXPERTS:
         raise UpcycleError(
-            f"`expand={k}` makes {num_experts} experts per layer of {experts.num_experts}.",
+            f"`expand` {k} makes {num_experts} experts per layer of {experts.num_experts}.",
             f"At most {MAX_EXPERTS} can be made.",
         )
     if top_k > num_experts:
         raise UpcycleError(
-            f"top-k {top_k} is more than the {num_experts} experts that `expand={k}` makes.",
+            f"top-k {top_k} is more than the {num_experts} experts that `expand` {k} makes.",
             f"Use a top-k of at most {num_experts}.",
         )
     if top_k != exact and not growth.allow_inexact:
