@@ -390,6 +390,7 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("inspect", "DENSE", *RECIPE, "--scaling", "exct"), "Did you mean exact?"),
         (("verify", "DENSE", "DENSE", "--checks", "weigths"), "Did you mean weights?"),
         (("inspect", "gpt2"), "ORG/NAME"),
+        (("convert", "DENSE", "OUT", "-r", "E2G2T3"), "or pass --allow-inexact to convert"),
         (("convert", "DENSE", *RECIPE), "Missing argument 'OUTPUT'"),
         (("verify", "DENSE", "DENSE", "--checks", "all"), "directory, weights, outputs"),
     ],
