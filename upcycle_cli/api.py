@@ -105,7 +105,7 @@ def convert(  # noqa: PLR0913 - the fields of a Request
     verify: bool = False,
     checksums: bool = False,
     writing: WriteOptions | None = None,
-    push: Destination | None = None,
+    push: Destination | str | None = None,
 ) -> Conversion:
     """Convert a checkpoint into an MoE: `convert("dense", "moe", "E8G1T2", verify=True)`.
 
@@ -121,13 +121,18 @@ def convert(  # noqa: PLR0913 - the fields of a Request
 
     `overwrite` replaces an earlier output. `verify` checks the output before it appears: after a
     failed check, `published` is False and `output` is unchanged. `checksums` adds SHA256SUMS.
-    `writing` sets threads and fsync. `push` uploads the finished output to the Hub.
+    `writing` sets threads and fsync. `push` names a repo on the Hub for the finished output.
 
     Raises UpcycleError. `output` is then unchanged, or complete if only the push failed.
     """
+    values = {**locals(), "output": Path(output), "recipe": to_recipe(recipe)}
+    if isinstance(push, str):
+        from upcycle_cli.publish.push import Destination
+
+        values["push"] = Destination(repo=push)
     # Request has a default for each argument that is None here.
-    given = {name: value for name, value in locals().items() if value is not None}
-    return carry_out(Request(**given | {"output": Path(output), "recipe": to_recipe(recipe)}))
+    given = {name: value for name, value in values.items() if value is not None}
+    return carry_out(Request(**given))
 
 
 def carry_out(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,15 @@ from hub.server import Hub  # noqa: TC002 - pytest reads the annotations of a te
 
 import upcycle_cli
 from upcycle_cli import (
+    Growth,
+    Options,
+    Recipe,
+    UpcycleError,
+    WriteOptions,
     convert,
     families,
     inspect,
+    push,
     verify,
 )
 
@@ -89,6 +95,40 @@ def test_notebooks_get_escaped_tables() -> None:
     assert "&lt;b&gt;" in html
     assert "\x1b" not in html
     assert all(name in found._repr_html_() for name in found.dense)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda dense, out: convert(dense, out, "E8G1"), "'E8G1' is not a recipe"),
+        (lambda dense, out: convert(dense, out, ""), "'' is not a recipe"),
+        (lambda dense, out: convert(dense, out, "E2G5T5"), "not divisible by granularity 5"),
+        (lambda dense, out: convert(dense, out, "E2G2T3"), "allow_inexact"),
+        (lambda dense, out: convert(dense, out, "E2G2T2", target="mixtrl"), "mixtral"),
+        (lambda dense, out: convert(dense, out, Growth(expand=2)), "dense"),
+        (lambda dense, out: convert(out, dense, "E2G2T2"), "moe"),
+        (lambda dense, _: convert(dense, dense, "E2G2T2"), "is the source"),
+        (lambda dense, out: convert(dense, out, Recipe(expansion=2.5)), "expansion"),  # type: ignore[arg-type]
+        (lambda dense, _: inspect(dense, weights=True), "weights"),
+        (lambda dense, _: inspect(dense, "E2G2T2", revision="main"), "a revision needs a repo"),
+        (lambda dense, _: verify(dense, dense), "dense"),
+        (lambda dense, out: verify(dense, out, checks=["weight"]), "weights"),
+        (lambda dense, _: push(dense, "acme/moe", revision="v1", create_pr=True), "create_pr"),
+        (lambda *_: Recipe(), "expansion"),
+        (lambda *_: Recipe("E2G2T2", top_k=4), "top_k"),
+        (lambda *_: Recipe("E2G2T2", routing="softmax"), "softmax-topk"),  # type: ignore[arg-type]
+        (lambda *_: Recipe("E2G2T2", noise=0.1, reinit=0.1), "noise"),
+        (lambda *_: Growth(expand=1), "expand"),
+        (lambda *_: Options(dtype="bf16"), "bfloat16"),
+        (lambda *_: WriteOptions(workers=-1), "workers"),
+    ],
+)
+def test_errors_name_arguments(
+    call: Callable[[Path, Path], object], words: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UpcycleError, match=words) as refused:
+        call(llama, tmp_path / "moe")
+    assert "--" not in str(refused.value)
 
 
 def test_the_guide_runs(hub: Hub, llama: Path, tmp_path: Path) -> None:

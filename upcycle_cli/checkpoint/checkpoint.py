@@ -297,14 +297,14 @@ def _ranges(
     return found if position >= begin + nbytes else []
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open the checkpoint in a directory; UpcycleError when it is missing or damaged."""
     # The methods of Path raise OSError for some names.
     if not os.path.isdir(path):  # noqa: PTH112
         problem = "is not a directory" if os.path.exists(path) else "does not exist"  # noqa: PTH110
         hint = "Give the directory of a checkpoint (with config.json), or ORG/NAME on the Hub."
         raise UpcycleError(f"{path} {problem}.", hint)
-    return open_storage(Storage(path))
+    return open_storage(Storage(Path(path)))
 
 
 def open_storage(storage: Storage) -> Checkpoint:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST = 4  # a shorter token is part of words
@@ -51,6 +52,11 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """Return a question about the choice closest to a mistyped one; empty if none is close."""
     found = get_close_matches(value, [*choices], n=1)
     return f"Did you mean {found[0]}?" if found else ""
+
+
+def listed(values: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    """Return names or paths as a list; a caller may give a single one."""
+    return [values] if isinstance(values, str | Path) else values
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,6 +15,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.text import listed
 from upcycle_cli.hub.remote_checkpoint import (
     download_model,
     locate_model,
@@ -58,6 +59,8 @@ def inspect(
 
     Raises UpcycleError when the checkpoint cannot be read or is of the wrong kind.
     """
+    if dense and not weights and load is None:
+        raise UpcycleError("`dense` needs `weights` or `load`.")
     text = None
     if load is not None:
         from upcycle_cli.plan.texts import calibration_text
@@ -76,8 +79,7 @@ def inspect(
             from upcycle_cli.plan.expand import build_growth
 
             plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
-        given = [dense] if isinstance(dense, Path | str) else dense or ()
-        storages = [locate_model(*split_revision(str(each))) for each in given]
+        storages = [locate_model(*split_revision(str(each))) for each in listed(dense or ())]
         sources = [open_checkpoint(download_model(storage)) for storage in storages]
         found = _inspect_moe(checkpoint, weights, sources, text, watch or Progress())
         return replace(found, plan=plan)

@@ -20,13 +20,14 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
-from upcycle_cli.core.text import printable
+from upcycle_cli.core.text import listed, printable
 from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.lookup import dense_model
 from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.validate import check_source
+from upcycle_cli.recipe.options import member
 from upcycle_cli.recipe.recipe import Recipe
 
 _IGNORED_KEYS = {
@@ -103,9 +104,12 @@ class MergeRequest:
     the source can be one of them.
     """
 
-    experts_from: Sequence[Path | str]
+    experts_from: Path | str | Sequence[Path | str]
     rest: NonExpertWeights = NonExpertWeights.FIRST
     source_too: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rest", member(NonExpertWeights, self.rest, "rest"))
 
     def open(self, source: Checkpoint) -> Merge | None:
         """Open the models; None if all are the source. UpcycleError if one does not fit it.
@@ -113,7 +117,7 @@ class MergeRequest:
         Each must be whole, of the same family, with the same settings, tensors and tokens.
         """
         models, cycle = [source], [0] * self.source_too
-        for place in self.experts_from:
+        for place in listed(self.experts_from):
             model = open_source(*split_revision(str(place)))
             same = (i for i, each in enumerate(models) if each.path.samefile(model.path))
             cycle.append(next(same, len(models)))
@@ -123,7 +127,7 @@ class MergeRequest:
         dense = dense_model(source.config, source.tensors)
         for other in models[1:]:
             _check_compatible(source, dense, other)
-        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=NonExpertWeights(self.rest))
+        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=self.rest)
 
 
 def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:

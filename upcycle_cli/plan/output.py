@@ -11,7 +11,7 @@ from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import Cast, Expr, type_of
-from upcycle_cli.recipe.options import ExpertLayout, member
+from upcycle_cli.recipe.options import ExpertLayout, check_types
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -98,10 +98,7 @@ class Options:
     untie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if self.expert_layout is not None:
-            # Python callers may write "fused"; it must not compare unequal to the member.
-            layout = member(ExpertLayout, self.expert_layout, "expert_layout")
-            object.__setattr__(self, "expert_layout", layout)
+        check_types(self)
         if self.dtype is not None and self.dtype not in TORCH_DTYPES.values():
             raise UpcycleError(
                 f"'{self.dtype}' is not a dtype for weights.",

@@ -5,11 +5,14 @@ Notation is the paper's (He et al., arXiv 2410.07524), as in `recipe.py`.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import StrEnum
-from typing import TypeVar
+from functools import cache
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.text import did_you_mean
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.text import any_of, did_you_mean
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -99,9 +102,32 @@ class Promise(StrEnum):
 
 
 def member(kind: type[_Choice], value: str, name: str) -> _Choice:
-    """Return the member that equals a string; UpcycleError, with the option, for another one."""
+    """Return the member that equals a string; UpcycleError, with the argument, for another one."""
     try:
         return kind(value)
     except ValueError:
-        hint = did_you_mean(str(value), kind) or f"Choose from {', '.join(kind)}."
+        hint = f"{did_you_mean(str(value), kind)} Choose from {', '.join(kind)}.".strip()
         raise UpcycleError(f"`{name}` cannot be {value!r}.", hint) from None
+
+
+@cache
+def _types_of(kind: type) -> dict[str, tuple[type, ...]]:
+    hints = get_type_hints(kind)
+    found = {field.name: hints[field.name] for field in fields(kind)}
+    return {name: get_args(hint) or (hint,) for name, hint in found.items()}
+
+
+def check_types(made: Any) -> None:  # noqa: ANN401 - a dataclass
+    """Check the fields of a dataclass, and replace strings by the enum members that they equal.
+
+    Raises UpcycleError for a value of another type.
+    """
+    for name, types in _types_of(made.__class__).items():
+        value = getattr(made, name)
+        for kind in types:
+            if issubclass(kind, StrEnum) and type(value) is str:
+                value = member(kind, value, name)
+                object.__setattr__(made, name, value)
+        if type(value) not in types and (type(value) is not int or float not in types):
+            wanted = any_of(kind.__name__ for kind in types if kind is not NoneType)
+            raise UpcycleError(f"`{name}` cannot be {shown(value)}.", f"Its type is {wanted}.")

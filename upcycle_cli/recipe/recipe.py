@@ -22,7 +22,7 @@ from upcycle_cli.recipe.options import (
     Routing,
     ScaleSplit,
     Scaling,
-    member,
+    check_types,
 )
 from upcycle_cli.recipe.scaling import GATED, Factors, MlpKind, balanced_factors, cube_root
 
@@ -41,13 +41,6 @@ TIE_LOGIT_STD = 0.001
 """Below this nominal logit standard deviation the float32 softmax itself ties groups."""
 
 _SIZES = ("expansion", "granularity", "top_k")
-_CHOICES = {
-    "routing": Routing,
-    "scaling": Scaling,
-    "scale_split": ScaleSplit,
-    "neuron_order": NeuronOrder,
-    "router_init": RouterInit,
-}
 
 MAX_EXPERTS = 4096  # several times the largest trained model; a plan lists every tensor
 
@@ -113,12 +106,7 @@ class Recipe(Compact):
                 object.__setattr__(self, name, size)
         if isinstance(self.scaling, int):
             object.__setattr__(self, "scaling", float(self.scaling))
-        # Python callers may write "topk-softmax"; it must not compare unequal to the member.
-        for name, kind in _CHOICES.items():
-            value = getattr(self, name)
-            left_alone = isinstance(value, float) if name == "scaling" else value is None
-            if not left_alone:
-                object.__setattr__(self, name, member(kind, value, name))
+        check_types(self)
         self._check_values()
         self._check_sizes()
 
@@ -374,6 +362,7 @@ class Growth:
     allow_inexact: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.expand < 2:
             raise UpcycleError(
                 f"`expand` must be at least 2, not {self.expand}.", "2 doubles the experts."
@@ -389,7 +378,7 @@ def to_recipe(value: Recipe | Growth | str) -> Recipe | Growth:
 
 def parse_recipe_name(text: str) -> tuple[int, int, int]:
     """Parse the paper's notation: "E8G8T8" gives (8, 8, 8); UpcycleError for another form."""
-    match = _RECIPE.fullmatch(text.strip())
+    match = _RECIPE.fullmatch(str(text).strip())
     if match is None:
         raise UpcycleError(
             f"'{text}' is not a recipe.",

@@ -27,7 +27,7 @@ from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsaf
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import reuse_freed_memory
-from upcycle_cli.core.text import did_you_mean
+from upcycle_cli.core.text import did_you_mean, listed
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
@@ -49,10 +49,10 @@ def verify(  # noqa: PLR0913 - options, by name
     dense: Path | str,
     moe: Path | str,
     *,
-    experts_from: Sequence[Path | str] = (),
+    experts_from: Path | str | Sequence[Path | str] = (),
     router_init: Path | str | None = None,
     calibration: Path | str | None = None,
-    checks: Sequence[str] = CHECK_NAMES,
+    checks: str | Sequence[str] = CHECK_NAMES,
     texts: TextOptions | None = None,
     fail_fast: bool = False,
     dense_revision: str | None = None,
@@ -75,6 +75,7 @@ def verify(  # noqa: PLR0913 - options, by name
     Raises UpcycleError when the check cannot be made: an unknown check, a directory, dense model,
     file or prompts that cannot be used, a broken transformers. Damage to the MoE is a finding.
     """
+    checks = [str(name) for name in listed(checks)]
     unknown = [name for name in checks if name not in CHECK_NAMES]
     if unknown or not checks:
         what = f"'{unknown[0]}' is not a check." if unknown else "no check was asked for."
@@ -84,7 +85,7 @@ def verify(  # noqa: PLR0913 - options, by name
     if "outputs" in selected:
         check_transformers()  # before gigabytes are read
     places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
-    others = [locate_model(*split_revision(str(place))) for place in experts_from]
+    others = [locate_model(*split_revision(str(place))) for place in listed(experts_from)]
     texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
     given = Inputs.read(calibration=calibration, rows=router_init)

@@ -34,6 +34,7 @@ from upcycle_cli.core.platform import (
 from upcycle_cli.plan.expressions import Expr, source_names
 from upcycle_cli.plan.output import Role, Shard
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.recipe.options import check_types
 from upcycle_cli.write.file_layout import (
     Part,
     ShardLayout,
@@ -60,6 +61,7 @@ class WriteOptions:
     """Make every file durable before it gets its name."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.workers < 0:
             raise UpcycleError(f"`workers` must be 0 or more, not {self.workers}.")
 
