@@ -1,10 +1,11 @@
-"""Progress on stderr: a bar on a terminal, an occasional line elsewhere."""
+"""Progress on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from upcycle_cli.cli.process import raise_signal
@@ -15,57 +16,89 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SHOWN_BY_THE_HUB = ("downloading", "pushing")
+"""On a terminal, huggingface_hub shows bars of its own for these steps."""
 
 
-class _Display(Progress):
-    """Shows each step as a bar or, without bars, as a line every ten seconds."""
+class Display(Progress):
+    """Notes the current step and how much of it is done; shows it as a bar, given `bars`."""
 
-    def __init__(self, total: int, bars: Bars | None = None) -> None:
-        self.total, self.bars, self.written, self.step = total, bars, 0, ""
+    def __init__(self, bars: Bars | None = None) -> None:
+        self.bars, self.total, self.written = bars, 0, 0
+        self.ends()
+
+    def ends(self) -> None:
+        """Note that no step is running, so that commands can print."""
+        self.step, self.amount, self.share, self.started = "", "", 0.0, time.monotonic()
+        if self.bars is not None and self.bars.live.is_started:
+            self.bars.stop()
+
+    def begins(self, what: str) -> None:
+        """Note a step, and end the one before it."""
+        raise_signal()
+        self.ends()
+        self.step = what
+        if self.bars is not None and what not in _SHOWN_BY_THE_HUB:
+            for task in self.bars.task_ids:
+                self.bars.remove_task(task)
+            self.task = self.bars.add_task(what, total=None, amount="")
+            self.bars.start()
 
     def advance(self, num_bytes: int) -> None:
+        """Note bytes that were written."""
         if self.step != "writing":
             self.begins("writing")
         self.written += num_bytes
         self.checked(self.written, self.total, "bytes")
 
-    def begins(self, what: str) -> None:
-        raise_signal()
-        self.step, self.started, self.shown = what, time.monotonic(), time.monotonic()
-        if self.bars is not None:
-            for task in self.bars.task_ids:
-                self.bars.remove_task(task)
-            self.task = self.bars.add_task(what, total=None, amount="")
-        elif what != "writing":
-            stderr().print(what)
-
     def checked(self, done: int, total: int, unit: str) -> None:
+        """Note how much of the step is done."""
         raise_signal()
-        amount, now = f"{done} of {total} {unit}", time.monotonic()
+        self.share, self.amount = done / max(total, 1), f"{done} of {total} {unit}"
         if unit == "bytes":
-            speed = done / max(now - self.started, 1e-3)
-            amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s"
+            speed = done / max(time.monotonic() - self.started, 1e-3)
+            self.amount = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s"
         if self.bars is not None:
-            self.bars.update(self.task, completed=done, total=total, amount=amount)
-        elif now - self.shown >= _SECONDS_BETWEEN_LINES:
-            left = (total - done) / done * (now - self.started) if done else 0.0
-            stderr().print(f"{self.step}: {amount}, {left:.0f} s left")
-            self.shown = now
+            self.bars.update(self.task, completed=done, total=total, amount=self.amount)
+
+    def line(self) -> str:
+        """Return the step, how much of it is done, and how long it takes."""
+        seconds = time.monotonic() - self.started
+        words = [self.step + ":", self.amount and self.amount + ",", f"{seconds:.0f} s"]
+        if self.share:
+            words.append(f"(about {seconds / self.share - seconds:.0f} s left)")
+        return " ".join(filter(None, words))
+
+
+def print_lines(display: Display, ended: Event) -> None:
+    """Print a line every ten seconds while a step runs, until the event is set."""
+    while not ended.wait(_SECONDS_BETWEEN_LINES):
+        if display.step:
+            stderr().print(display.line(), soft_wrap=True)
 
 
 @contextmanager
-def progress_bar(*, total: int = 0, silent: bool) -> Iterator[Progress]:
-    """Show the progress of writing `total` bytes and of checks, until the context ends."""
+def progress_bar(*, silent: bool) -> Iterator[Display]:
+    """Show the progress of the steps that begin, until the context ends."""
     console = stderr()
-    if silent:
-        yield Progress()
-    elif not console.is_terminal:
-        yield _Display(total)
+    if silent or not console.is_terminal:
+        display, ended = Display(), Event()
+        # A thread, since a download, an upload or a large layer reports nothing while it runs.
+        thread = Thread(target=print_lines, args=(display, ended), daemon=True)
+        if not silent:
+            thread.start()
+        try:
+            yield display
+        finally:
+            ended.set()
     else:
         import rich.progress as bars
 
         name = bars.TextColumn("{task.description}", markup=False)
         amount = bars.TextColumn("{task.fields[amount]}", markup=False)
         columns = (name, bars.BarColumn(), amount, bars.TimeRemainingColumn())
-        with bars.Progress(*columns, console=console, transient=True) as progress:
-            yield _Display(total, progress)
+        display = Display(bars.Progress(*columns, console=console, transient=True))
+        try:
+            yield display
+        finally:
+            display.ends()

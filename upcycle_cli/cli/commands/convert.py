@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +14,7 @@ from upcycle_cli.cli import options, render, terminal
 from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.process import raise_signal
-from upcycle_cli.cli.progress import progress_bar
+from upcycle_cli.cli.progress import Display, progress_bar
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.text import shell_line, size_text
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
@@ -70,7 +70,12 @@ def convert(
     from upcycle_cli.write.writer import WriteOptions
 
     team = Team.launched()
-    with terminal.errors_to_exit_codes(as_json=json, silent=not team.leads), team:
+    silent = quiet or json or not team.leads
+    with (
+        terminal.errors_to_exit_codes(as_json=json, silent=not team.leads),
+        team,
+        progress_bar(silent=silent) as display,
+    ):
         if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
             moe = replace(moe, router_init=RouterInit.PROMPTS)
         request = Request(
@@ -97,6 +102,7 @@ def convert(
             request=request,
             context=context,
             save_config=save_config,
+            display=display,
             as_json=json and team.leads,
             quiet=quiet or not team.leads,
         )
@@ -113,6 +119,7 @@ class _Screen(Hooks):
     request: Request
     context: typer.Context
     save_config: Path | None
+    display: Display
     as_json: bool
     quiet: bool
 
@@ -127,9 +134,14 @@ class _Screen(Hooks):
     def downloading(self, names: Sequence[str], num_bytes: int) -> None:
         if not self.silent:
             terminal.talk(f"Downloading {size_text(num_bytes)} of {', '.join(names)} …")
+        self.display.begins("downloading")
 
-    def writing(self, num_bytes: int) -> AbstractContextManager[Progress]:
-        return progress_bar(total=num_bytes, silent=self.silent)
+    @contextmanager
+    def writing(self, num_bytes: int) -> Iterator[Progress]:
+        self.display.ends()
+        self.display.total = num_bytes
+        yield self.display
+        self.display.ends()
 
     def finished(self, result: Conversion) -> None:
         if self.silent:
@@ -158,6 +170,7 @@ class _Screen(Hooks):
     def pushing(self, num_files: int, num_bytes: int) -> None:
         if not self.silent and self.request.push is not None:
             render.announce_push(self.request.push.repo, num_files, num_bytes)
+        self.display.begins("pushing")
 
     def show_forecast(self, plan: Plan, notes: list[str]) -> None:
         if self.as_json:
@@ -174,6 +187,7 @@ class _Screen(Hooks):
 
     def end(self, done: Conversion) -> None:
         """Print the push or the JSON; typer.Exit if the output was not published."""
+        self.display.ends()
         if done.pushed is not None:
             raise_signal()
             if not self.silent:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from upcycle_cli.cli import options, render
 from upcycle_cli.cli.process import raise_signal
+from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.cli.terminal import print_json
 
 _option = options.options_of("push")
@@ -33,16 +34,18 @@ def push(
     from upcycle_cli.cli.render_json import push_json
     from upcycle_cli.publish.push import push as push_directory
 
-    done = push_directory(
-        directory,
-        repo,
-        revision=revision,
-        private=private,
-        create_pr=create_pr,
-        message=message,
-        replace_card=replace_card,
-        on_start=None if quiet or json else partial(render.announce_push, repo),
-    )
+    with progress_bar(silent=quiet or json) as display:
+        display.begins("pushing")
+        done = push_directory(
+            directory,
+            repo,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            message=message,
+            replace_card=replace_card,
+            on_start=None if quiet or json else partial(render.announce_push, repo),
+        )
     raise_signal()
     if json:
         print_json(push_json(done))
