@@ -1,25 +1,24 @@
-"""The two pages: what a verification found, and what an inspection found."""
+"""The two pages: a verification and an inspection."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import locate, sha256_of
-from upcycle_cli.core.text import counted
-from upcycle_cli.inspection.describe import inspection_rows
+from upcycle_cli.core.text import counted, parameter_text, size_text
+from upcycle_cli.inspection.describe import Inspection, inspection_rows
+from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.report import sections
 from upcycle_cli.report.page import Section, Table, properties, render, value_text
-from upcycle_cli.verification.result import CHECK_NAMES, Report, Status
-
-if TYPE_CHECKING:
-    from upcycle_cli.inspection.describe import Inspection
+from upcycle_cli.verification.result import CHECK_NAMES, TRAINED, Report, Status
 
 _VERDICTS = {
     Status.FAILED: "The MoE does not match the {dense}",
@@ -32,26 +31,28 @@ _PASSED = {
     "approximate": "The MoE computes the function of the {dense}, up to an error of the size of "
     "its router logits, as its recipe promises",
 }
+_TRAINED = "The MoE was trained after its conversion, so it is no longer equal to the {dense}"
 _PACKAGES = ("upcycle-cli", "torch", "transformers", "numpy", "safetensors")
 
 
 def verification_html(report: Report, *, models: Sequence[str], command: str) -> str:
-    """Return the page of a verification; `models` are the dense models, and the MoE last."""
+    """Return the page of a verification; `models` are the dense models, then the MoE."""
     name = Path(models[-1]).name or models[-1]
     dense = "smaller MoE" if report.grown else "dense model"
     paths = report.paths or (Path(models[0]), Path(models[-1]))
-    record = _record(paths[1])
+    record, facts = _record(paths[1]), dict[str, str]()
+    with suppress(UpcycleError, OSError):
+        facts = _facts(inspect(paths[1]))
     layers = [layer for check in report.checks for layer in check.layers]
     texts = [text for check in report.checks for text in check.texts]
-    continuation = next((c.continuation for c in report.checks if c.continuation), None)
     names = [dense, *(f"{dense} {number}" for number in range(2, len(models))), "MoE"]
     parts = (
         Section(key="checks", title="Checks", checks=report.checks),
         sections.recipe_section(record),
         sections.errors_section(layers),
-        sections.texts_section(texts, continuation),
+        sections.texts_section(texts),
         sections.routing_section(layers),
-        sections.load_section(layers),
+        sections.load_section(layers, record),
         _origin_section(dict(zip(names, models, strict=True)), paths, record, command),
     )
     return render(
@@ -61,6 +62,9 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
         heading=name,
         status=str(report.status),
         verdict=_verdict(report, dense),
+        facts=facts | _versions("upcycle-cli", "torch", "transformers"),
+        # The first failure of each check, such as a scaled expert and then the KL that it causes.
+        findings=[check.failures[0] for check in report.checks if check.failures],
     )
 
 
@@ -68,12 +72,15 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
     """Return the page of an inspected MoE."""
     heading = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
     weights, record = inspection.weights, inspection.record or {}
-    rows = [(label, "; ".join(lines)) for label, lines in inspection_rows(inspection)]
+    rows = {label: "; ".join(lines) for label, lines in inspection_rows(inspection)}
+    found = [rows[key] for key in ("copies", "moved") if key in rows]
+    words = " ".join(f"{each[0].upper()}{each[1:]}." for each in found)
+    facts = Table(caption="Facts", rows=[*rows.items()])
     parts = (
-        Section(key="facts", title="Checkpoint", tables=[Table(caption="Facts", rows=rows)]),
+        Section(key="facts", title="Checkpoint", tables=[facts]),
         sections.recipe_section(record),
         sections.drift_section((weights and weights.movement) or ()),
-        None if inspection.load is None else sections.load_section(inspection.load.layers),
+        None if inspection.load is None else sections.load_section(inspection.load.layers, record),
         _origin_section({"MoE": name}, [inspection.checkpoint.path], record, command),
     )
     return render(
@@ -81,16 +88,41 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
         title=f"{heading} (upcycle inspect)",
         kind="Inspection of a Mixture of Experts",
         heading=heading,
-        verdict="What headers, settings and weights show. Whether the MoE computes what its dense "
-        "model computes is the question of upcycle verify.",
+        verdict=f"{words} `upcycle verify` compares the MoE with its dense model.".strip(),
+        facts=_facts(inspection) | _versions("upcycle-cli"),
     )
 
 
+def _facts(found: Inspection) -> dict[str, str]:
+    """Return the facts that a reader looks for first; those from upcycle.json can be anything."""
+    record = found.record or {}
+    recipe = record.get("recipe")
+    facts = {
+        "parameters": parameter_text(found.total_parameters),
+        "active": parameter_text(found.active_parameters),
+        "dense model": found.dense_parameters and parameter_text(found.dense_parameters),
+        "size": size_text(found.checkpoint.nbytes),
+        "recipe": recipe.get("name") if isinstance(recipe, dict) else None,
+        "target": found.model_type,
+        "experts": f"{found.num_experts} per layer, {found.top_k} active",
+        "promise": record.get("promise"),
+    }
+    return {name: value_text(fact) for name, fact in facts.items() if fact}
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {name.removesuffix("-cli"): version(name) for name in packages}
+
+
 def _verdict(report: Report, dense: str) -> str:
-    words = (_VERDICTS.get(report.status) or _PASSED[report.promise or "exact"]).format(dense=dense)
-    failed = [check.name for check in report.checks if check.status is Status.FAILED]
+    words = _VERDICTS.get(report.status) or _PASSED[report.promise or "exact"]
+    failed = [check for check in report.checks if check.status is Status.FAILED]
+    if any(each.startswith(TRAINED) for check in failed for each in check.failures):
+        words = _TRAINED
+    words = words.format(dense=dense)
     if failed:
-        words += f": {counted(len(failed), 'check')} failed ({', '.join(failed)})"
+        names = ", ".join(check.name for check in failed)
+        words += f": {counted(len(failed), 'check')} failed ({names})"
     ran = {check.name for check in report.checks if check.status is not Status.SKIPPED}
     missing = ", ".join(name for name in CHECK_NAMES if name not in ran)
     return f"{words}. Not checked: {missing}." if missing else f"{words}."
@@ -109,10 +141,10 @@ def _origin_section(
     record: Mapping[str, Any],
     command: str,
 ) -> Section:
-    """Return where a page comes from; `paths` are the directories of the models."""
+    """Return the section on the origin of a page; `paths` are the directories of the models."""
     files = [path / name for path in paths for name in (CONFIG_NAME, RECORD_NAME)]
     digests = {str(file): sha256_of(file) for file in files if file.is_file()}
-    versions = {"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    versions = {"Python": platform.python_version()} | _versions(*_PACKAGES)
     tables = [
         properties({**models, "command": command}, "Models and command"),
         properties(versions, "Versions"),

@@ -1,4 +1,4 @@
-"""Plots as SVG images inside the page. In dark mode the page's style sheet inverts them."""
+"""Plots as SVG images in the page. In dark mode the page's style sheet inverts them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SETTINGS: Mapping[str, Any] = {
 
 
 class Drawing:
-    """A figure with one pair of axes; `image` is its data URI once the context has ended."""
+    """A figure with one pair of axes; `image` is its data URI after the context has ended."""
 
     axes: Any
     image: str
@@ -42,7 +42,7 @@ def _drawing(*, height: float = 2.9, width: float = 5.4) -> Iterator[Drawing]:
     drawing = Drawing()
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd values, or too little room for a label
-        mpl.rcdefaults()  # not a matplotlibrc of the directory in which the command runs
+        mpl.rcdefaults()  # ignore a matplotlibrc in the current directory
         mpl.rcParams.update(_SETTINGS)
         figure = Figure(figsize=(width, height), layout="constrained")
         drawing.axes = figure.add_subplot()
@@ -60,7 +60,7 @@ def draw_lines(
     log: bool = False,
     span: tuple[float, float] | None = None,
 ) -> str:
-    """Plot one value per layer for each series; `span` is the least range of the value axis.
+    """Plot one value per layer for each series; the value axis covers at least `span`.
 
     A logarithmic axis is linear around zero, so that an error of exactly 0 is visible.
     """
@@ -86,19 +86,29 @@ def draw_lines(
     return drawing.image
 
 
-def draw_heat_map(layers: Sequence[int], rows: Sequence[Sequence[float]]) -> str:
-    """Plot a value per layer and expert, relative to an even load."""
+def draw_heat_map(
+    layers: Sequence[int], rows: Sequence[Sequence[float]], *, group_size: int, column: str
+) -> str:
+    """Plot the load of each layer and column, 1 for an even load; a gap separates groups."""
+    from matplotlib.colors import TwoSlopeNorm
+
     height = max(2.2, min(5.5, 1.4 + 0.07 * len(rows)))
     with _drawing(height=height, width=6.4) as drawing:
         axes = drawing.axes
-        most = max((v for row in rows for v in row), default=1.0)
+        gap, count = int(group_size > 1), len(rows[0])
+        before = [[math.nan] * (gap and e > 0 and e % group_size == 0) for e in range(count)]
+        cells = [[v for e, load in enumerate(row) for v in (*before[e], load)] for row in rows]
+        most = max(2.0, *(v for row in rows for v in row))
+        norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
         # "none" stores a pixel per cell, which the browser enlarges.
-        options = {"aspect": "auto", "interpolation": "none", "vmin": 0, "vmax": max(most, 1.0)}
-        bar = axes.figure.colorbar(axes.imshow(rows, **options), ax=axes, pad=0.02)
+        options = {"aspect": "auto", "interpolation": "none", "cmap": "RdBu_r", "norm": norm}
+        bar = axes.figure.colorbar(axes.imshow(cells, **options), ax=axes, pad=0.02)
         bar.set_label("tokens, 1 = an even load")
-        axes.set_xlabel("expert")
+        axes.set_xlabel(column)
         axes.set_ylabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        starts = range(0, count, group_size * max(1, count // group_size // 16))
+        places = [e + gap * (e // group_size) + (group_size - 1) / 2 for e in starts]
+        axes.set_xticks(places, [str(e // group_size) for e in starts])
         steps = range(0, len(layers), max(1, len(layers) // 8))
         axes.set_yticks(list(steps), [str(layers[step]) for step in steps])
     return drawing.image

@@ -1,7 +1,6 @@
-"""A page: its elements, the template that turns them into HTML, and the file that it is written to.
+"""The elements of a page, the template that turns them into HTML, and the check of its place.
 
-Text can come from any checkpoint: it is escaped here, in one place. A file is refused before any
-work, and written completely or not at all.
+Text can come from any checkpoint, so all of it is escaped here.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _MAX_LENGTH = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows with a header cell each; with `folded`, the title under which they are collapsed."""
+    """Rows that begin with a header cell; `folded` is the title of a table that starts closed."""
 
     caption: str
     rows: Sequence[Sequence[str]]
@@ -42,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A plot as a data URI, its title, and its content in words."""
+    """A plot as a data URI, its title, and what it shows in words."""
 
     image: str
     title: str
@@ -51,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the page with a heading of its own."""
+    """A part of the page with its own heading."""
 
     key: str
     title: str
@@ -60,12 +59,23 @@ class Section:
     tables: Sequence[Table] = ()
     checks: Sequence[CheckResult] = ()
     legend: Sequence[str] = ()
-    texts: Sequence[tuple[str, Sequence[tuple[str, str, int]]]] = ()
-    """Texts, each with words about it, and its tokens with a tooltip and the level of a mark."""
+    texts: Sequence[tuple[str, bool, Sequence[tuple[str, str, int]]]] = ()
+    """Texts: a summary, whether a token is marked, and the tokens, each with a tooltip and the
+    level of its mark."""
 
 
-def render(sections: Iterable[Section | None], **page: str) -> str:
-    """Return a page as HTML: its title, kind, heading, verdict and, of a verification, status."""
+def render(
+    sections: Iterable[Section | None],
+    *,
+    facts: Mapping[str, str],
+    findings: Sequence[str] = (),
+    **page: str,
+) -> str:
+    """Return a page as HTML.
+
+    `page` has its title, kind, heading, verdict and, for a verification, status. The strip on top
+    shows the `facts`, the banner the decisive `findings`.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -77,7 +87,8 @@ def render(sections: Iterable[Section | None], **page: str) -> str:
     template = environment.from_string((folder / "page.html").read_text("utf-8"))
     css = Markup((folder / "page.css").read_text("utf-8"))  # noqa: S704 - our own
     shown = [section for section in sections if section is not None]
-    return template.render({"status": "", **page, "sections": shown, "css": css, "signs": _SIGNS})
+    top = {"facts": facts, "findings": findings, "css": css, "signs": _SIGNS}
+    return template.render({"status": "", **page, **top, "sections": shown})
 
 
 def properties(values: Mapping[str, object], caption: str) -> Table:
@@ -114,9 +125,9 @@ def spread(values: Iterable[float], layers: Sequence[int]) -> str:
 
 
 def _visible(value: object) -> object:
-    """Return a text without secrets, with ~ for the home directory and visible characters.
+    """Return a text without secrets, with ~ for the home directory and visible characters only.
 
-    Jinja then escapes it. Other values, and markup, stay as they are.
+    Jinja then escapes it. Markup and other values stay as they are.
     """
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
@@ -127,8 +138,8 @@ def _visible(value: object) -> object:
 
 
 def check_report_file(path: Path, dense: Path | None) -> None:
-    """Raise UpcycleError if a report cannot be written there; never into the directory `dense`."""
-    # Without a home directory it warns on stderr about its font cache.
+    """Raise UpcycleError if no report can be written there, or if the place is inside `dense`."""
+    # Without a home directory matplotlib warns about its font cache.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         for name in ("matplotlib.backends.backend_svg", "jinja2"):
@@ -138,7 +149,7 @@ def check_report_file(path: Path, dense: Path | None) -> None:
             f"a report needs matplotlib and jinja2, and one cannot be imported: {error}.",
             "Install them with `pip install 'upcycle-cli[report]'`.",
         ) from error
-    # The suffix also keeps a page from replacing weights by a typing error.
+    # The suffix also prevents that a mistyped name replaces weights.
     if path.suffix.lower() not in (".html", ".htm"):
         raise UpcycleError(f"{path} does not end in .html.", "Choose a name that does.")
     if dense is not None and is_in(path.parent, dense):
