@@ -136,17 +136,25 @@ def exchanged(name: str, dim: int, *places: int) -> Damage:
 
 WEIGHTS: tuple[Row, ...] = (
     # name (and which MoE, if not the plain one), what is damaged, words of the report
-    ("a bit of an expert", lambda moe: flip_bit(moe, w(1, 3, 2)), "3.w2.weight differs in 1 of"),
+    (
+        "a bit of an expert",
+        lambda moe: flip_bit(moe, w(1, 3, 2)),
+        "expert 3 differs in 1 of | 3.w2.weight",
+    ),
     ("a bit of a router", lambda moe: flip_bit(moe, ROUTER), f"{ROUTER} differs in 1 of"),
     ("qwen: a row", tensors(lambda t: t[QWEN_ROUTER][3].mul_(-1)), "32 of 256 elements, first at"),
     ("another router", put(ROUTER, lambda t: t[ROUTER].flip(1)), ROUTER),
     ("a router of nans", filled(ROUTER, torch.nan), "nan instead of"),
-    ("a larger router", scaled(ROUTER, 8), "multiplied by a further 8"),
+    ("a larger router", scaled(ROUTER, 8), f"{ROUTER} is its expected value × 8"),
     ("another shard", put(w(1, 2, 2), lambda t: t[w(1, 3, 2)]), "holds shard 1 where shard 0"),
     ("gate and up exchanged", swapped(w(0, 0, 1), w(0, 0, 3)), "0.w1.weight | 0.w3.weight"),
     ("exchanged rows", exchanged(EXPERT, 0, 3, 11), "has rows 3 and 11 exchanged"),
     ("exchanged columns", exchanged(w(1, 3, 2), 1, 0, 20), "has columns 0 and 20 exchanged"),
-    ("one expert by 1.05", scaled(EXPERT, 1.05), "multiplied by a further 1.05"),
+    (
+        "one expert by 1.05",
+        scaled(EXPERT, 1.05),
+        f"layer 1, expert 2 is its shard × 1.05 ({EXPERT}",
+    ),
     ("qwen: a bias", filled(QWEN_BIAS, 1.0), "q_proj.bias differs in 32 of 32 | instead of 0"),
     ("qwen: an inert expert works", filled(SHARED_DOWN, 0.5), f"{SHARED_DOWN} | instead of 0"),
     ("qwen: a gate that divides by zero", filled(SHARED_GATE, 0.0), SHARED_GATE),
@@ -220,6 +228,11 @@ def pipe(moe: Path) -> None:
     os.mkfifo(moe / GENERATION)
 
 
+def tokenizer_gone(moe: Path) -> None:
+    removed(TOKENS)(moe)
+    written("SHA256SUMS", f"{'0' * 64}  {TOKENS}\n")(moe)
+
+
 def other_format(moe: Path) -> None:
     path = moe / "model.safetensors"
     save_file(load_file(path), path, metadata={"format": "mlx"})
@@ -242,7 +255,8 @@ FILES: tuple[Row, ...] = (
     ("ids swapped", edited(TOKENS, swapped_ids), "model.vocab.a is"),
     ("normalizer", changed(TOKENS, normalizer={"type": "Lowercase"}), f"{TOKENS}: normalizer"),
     ("no tokenizer", written(TOKENS, "{}"), f"{TOKENS}: version is missing"),
-    ("tokenizer gone", removed(TOKENS), f"{TOKENS} is missing"),
+    ("no config", written("config.json", "{"), "config.json is not valid JSON | cannot be read"),
+    ("tokenizer gone", tokenizer_gone, f"{TOKENS} is missing | 1 problem found"),
     ("longest text", setting(model_max_length=7), "model_max_length is 7"),
     ("end of text", setting(eos_token="a"), "eos_token is 'a' instead of '</s>'"),
     ("names of inputs", setting(model_input_names=["input_ids"]), "model_input_names"),
@@ -481,7 +495,7 @@ def test_an_order_that_is_no_permutation(dense: Path, tmp_path: Path) -> None:
 
     damaged = Path(shutil.copytree(moe, tmp_path / "damaged"))
     tensors(lambda held: held[w(1, 2, 3)].view(torch.int16)[0, 0].bitwise_xor_(1))(damaged)
-    assert_caught(dense, damaged, "weights", "2.w3.weight differs in 1 of", "1 problem")
+    assert_caught(dense, damaged, "weights", "expert 2 differs in 1 of", "1 problem")
     tensors(twice)(moe)
     assert_caught(dense, moe, "weights", "layers.1.neuron_order.1", "no permutation")
 
@@ -577,5 +591,5 @@ def test_trained_weights_are_one_sentence(
     assert [check.status for check in report.checks] == [Status.PASSED, Status.FAILED]
     [words] = report.checks[1].failures
     assert "these weights were trained: " in words
-    assert "tensors changed, mean relative change 0.0" in words
-    assert "`upcycle inspect`, with `weights` and `dense`" in words
+    assert "tensors changed, by " in words
+    assert "inspect it with `weights` and `dense`" in words

@@ -30,6 +30,7 @@ def options_of(command: str) -> Callable[..., Any]:
     def declare(name: str, default: object, **settings: Any) -> Any:  # noqa: ANN401 - typer's
         row = rows[name] | settings
         row.pop("more", None)
+        row["help"] = row["help"].replace("{default}", str(default))
         if metavar := row.pop("argument", None):
             return typer.Argument(default, metavar=metavar, **row)
         flags, panel = row.pop("flags", ()), row.pop("panel", None)

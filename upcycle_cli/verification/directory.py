@@ -71,8 +71,10 @@ def check_directory(
     findings, notes = Findings(), list[str]()
     findings.add(*_config_failures(plan, moe, record, notes), *_record_failures(plan, record))
     findings.add(*_weight_file_failures(moe), *_companion_failures(plan, moe, notes))
-    findings.add(*_foreign_failures(plan, moe, names), *checksum_failures(moe.path))
-    return findings.result(NAME, "All files are those of the plan.", note=" ".join(notes))
+    findings.add(*_foreign_failures(plan, moe, names))
+    findings.add(*(each for each in checksum_failures(moe.path) if each not in findings))
+    passed = "Every file is what convert writes for this recipe."
+    return findings.result(NAME, passed, note=" ".join(notes))
 
 
 def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:

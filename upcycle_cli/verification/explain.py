@@ -1,7 +1,7 @@
-"""A difference between a tensor and the plan, in words.
+"""Explain in words how tensors differ from the plan.
 
-It says which other expert is there, which further factor the tensor has, which rows were exchanged,
-or how many of its values differ.
+A message names another expert's values, a factor, or exchanged rows; failing that, it counts the
+values that differ.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes, type_of
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.neuron_hashes import neuron_hashes
+from upcycle_cli.verification.result import TRAINED
 from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-TRAINED = "these weights were trained"
 _MOST_EXPLAINED = 8
 _FEWEST_TRAINED = 8
 _MOST_SAMPLED = 64
@@ -52,7 +53,7 @@ def explain(
     source: Reader,
     held: Reader,
 ) -> list[str]:
-    """Return a sentence for each tensor that differs; one for all where they were trained."""
+    """Return a sentence for each expert or tensor that differs, or one if all were trained."""
     # The first difference of each tensor stands for the others.
     by_name = {each.name: each for each in reversed(differing)}
     ordered = [by_name[name] for name in dict.fromkeys(each.name for each in differing)]
@@ -63,25 +64,51 @@ def explain(
         one, other = (as_float32(bytes(each), kind.dtype, kind.shape) for each in data)
         return one, other
 
-    sentences, particular = [], False
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    said: dict[tuple[str, str], list[str]] = {}
+    particular = False
     for place in ordered[:_MOST_EXPLAINED]:
         one, other = values(place)
+        tensor = tensors[place.name]
+        is_expert = tensor.role is Role.EXPERT
+        noun = "shard" if is_expert and plan.growing is None else "expected value"
         words = _other_expert(plan, moe, place, exprs, source, held)
-        words = words or _moved_words(one, other) or _factor_words(one, other)
+        words = words or _moved_words(one, other) or _factor_words(one, other, noun)
         particular = particular or words is not None  # training does none of these
-        sentences.append(f"{place.name} {words or _plain_words(one, other)}")
+        who = place.name
+        if is_expert:
+            who = f"layer {tensor.layer}, expert {_expert_of(plan, moe, tensor, place.start)}"
+        said.setdefault((who, words or _plain_words(one, other)), []).append(place.name)
+    sentences = [
+        f"{who} {words}" + (f" ({_joined(names)})" if who not in names else "")
+        for (who, words), names in said.items()
+    ]
     if len(ordered) >= _FEWEST_TRAINED and not particular:
         sample = ordered[:: len(ordered) // _MOST_SAMPLED + 1]
         changes = [_relative_change(*values(each)) for each in sample]
         small = [change for change in changes if change < 1.0]
         if len(small) > len(changes) * 0.9:
             return [
-                f"{TRAINED}: {len(ordered)} of {len(exprs)} tensors changed, mean "
-                f"relative change {np.mean(small):.2g}; `upcycle inspect`, with `weights` and "
-                "`dense`, measures each layer"
+                f"{TRAINED}: {len(ordered):,} of {len(exprs):,} tensors changed, by "
+                f"{np.mean(small):.2%} on average; inspect it with `weights` and `dense` to see "
+                "how far each layer moved"
             ]
     rest = ordered[_MOST_EXPLAINED:]
-    return sentences + [f"{each.name} holds other values than the plan's" for each in rest]
+    return sentences + [f"{each.name} does not have its expected values" for each in rest]
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Return the names of an expert's tensors as one: experts.2.{w1,w3}.weight."""
+    columns = zip_longest(*(name.split(".") for name in names), fillvalue="")
+    found = [[*dict.fromkeys(column)] for column in columns]
+    return ".".join(part[0] if len(part) == 1 else f"{{{','.join(part)}}}" for part in found)
+
+
+def _expert_of(plan: Plan, moe: Checkpoint, tensor: OutputTensor, start: int) -> int:
+    """Return the expert that holds this byte of a tensor."""
+    if tensor.expert is not None:
+        return tensor.expert
+    return start // (moe.tensors[tensor.name].nbytes // plan.num_experts)
 
 
 def _other_expert(
@@ -93,12 +120,6 @@ def _other_expert(
     held: Reader,
 ) -> str | None:
     """Say which other expert's values a tensor of an expert has."""
-
-    def expert_of(tensor: OutputTensor, start: int) -> int:
-        if tensor.expert is not None:
-            return tensor.expert
-        return start // (moe.tensors[tensor.name].nbytes // plan.num_experts)
-
     experts = {t.name: t for t in plan.tensors if t.role is Role.EXPERT and t.name in exprs}
     if (tensor := experts.get(place.name)) is None:
         return None
@@ -113,7 +134,8 @@ def _other_expert(
             if expr not in seen and num_bytes(expr) == size:
                 seen.add(expr)
                 if evaluate(expr, source.mapped) == data:
-                    return _instead(plan, expert_of(tensor, place.start), expert_of(other, start))
+                    own = _expert_of(plan, moe, tensor, place.start)
+                    return _instead(plan, own, _expert_of(plan, moe, other, start))
             start += num_bytes(expr)
     return None
 
@@ -124,7 +146,7 @@ def _instead(plan: Plan, own: int, other: int) -> str:
         here, there = (shared + number % size for number in (other, own))
         if here != there:
             return f"holds shard {here} where shard {there} belongs"
-    return f"holds what expert {other} should hold, not expert {own}"
+    return f"holds the values of expert {other}"
 
 
 def _relative_change(held: Floats, wanted: Floats) -> float:
@@ -133,8 +155,8 @@ def _relative_change(held: Floats, wanted: Floats) -> float:
     return float(np.linalg.norm(held - wanted)) / (float(np.linalg.norm(wanted)) or math.inf)
 
 
-def _factor_words(held: Floats, wanted: Floats) -> str | None:
-    """Say by what further factor a value was multiplied."""
+def _factor_words(held: Floats, wanted: Floats, noun: str) -> str | None:
+    """Say by which factor a value was multiplied; `noun` is what the value should be."""
     if not (np.isfinite(held).all() and np.isfinite(wanted).all()):
         return None
     one, other = (values.reshape(-1).astype(np.float64) for values in (held, wanted))
@@ -143,7 +165,7 @@ def _factor_words(held: Floats, wanted: Floats) -> str | None:
     change, left = np.linalg.norm(one - other), np.linalg.norm(one - factor * other)
     if factor == 0.0 or abs(factor - 1.0) < 1e-3 or left > _MOST_LEFT * change:
         return None
-    return f"is its expected value multiplied by a further {factor:.4g}"
+    return f"is its {noun} × {factor:.4g}"
 
 
 def _moved_words(held: Floats, wanted: Floats) -> str | None:
@@ -155,7 +177,7 @@ def _moved_words(held: Floats, wanted: Floats) -> str | None:
             continue
         if len(moved) == 2:
             return f"has {what}s {moved[0]} and {moved[1]} exchanged"
-        return f"has its {what}s in another order: {len(moved)} of {len(one)} moved"
+        return f"has its {what}s in another order ({len(moved)} of {len(one)} moved)"
     return None
 
 

@@ -27,7 +27,7 @@ from upcycle_cli.run.models import TransformersError, source_errors
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.result import CheckResult, Findings, Status, TextMeasure
-from upcycle_cli.verification.side_by_side import Found, continue_text, rounding, run_side_by_side
+from upcycle_cli.verification.side_by_side import Found, rounding, run_side_by_side
 
 _NAME = "outputs"
 _EXACT_KL = 1e-8
@@ -40,12 +40,15 @@ _MOST_SPLIT = 1e-2
 _LARGEST_LOGIT_STD = 0.05
 """Above this standard deviation of the router's logits softmax-topk promises nothing."""
 _LIMITS = {
-    "kl_mean_whole": "the promise allows at most",
-    "kl_mean_picture": "the promise allows at most",
-    "kl_mean_rounding": "convert to another dtype: rounding the weights may cost at most",
-    "split_token_layers": "the share of tokens and layers with parts of groups may be at most",
+    "kl_mean_whole": "mean KL to the {source} is {found:.2g}; {recipe} allows {most:.2g}",
+    "kl_mean_picture": "mean KL to the {source} on a picture is {found:.2g}; {recipe} allows "
+    "{most:.2g}",
+    "kl_mean_rounding": "rounding the weights to the MoE's dtype alone costs a mean KL of "
+    "{found:.2g}; at most {most:.2g} is allowed. Convert to another dtype",
+    "split_token_layers": "{found:.2%} of tokens and layers got parts of groups; {recipe} allows "
+    "{most:.1%}",
 }
-"""What the largest value of a metric means, for messages."""
+"""The message for a metric that is above its limit."""
 _FLOAT16_MAX = 65504.0
 _NOT_COMPARED = "The outputs could not be compared."
 
@@ -149,7 +152,7 @@ def _compare(
         metrics["max_float16_value"] = overflow.largest
     findings.add(*overflow.failures())
     measured = _in_words(prompt, metrics, found, expected)
-    detail = f"Measured only, since this MoE does not promise equality: {expected.reason}."
+    detail = f"This MoE does not promise equality, so it was measured: {expected.reason}."
     if expected.promise is not Promise.NONE:
         bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[upcycled.expert_dtype]
         detail, failures = _judge(expected, metrics, bound)
@@ -161,7 +164,6 @@ def _compare(
         status=Status.MEASURED if only_measured else result.status,
         layers=found.layers,
         texts=_texts(found, prompt),
-        continuation=continue_text(published, upcycled, prompt) if texts.continuation else None,
     )
 
 
@@ -233,26 +235,23 @@ def _in_words(
     worst = max(found.layers, key=lambda layer: layer.added_rms)
     text = ""
     if metrics["text_tokens"]:
-        text = (
-            f", NLL of the text {metrics['moe_nll']:.4f} against {metrics['dense_nll']:.4f} for "
-            f"the {expected.source}"
-        )
+        text = f", NLL {metrics['moe_nll']:.4f} ({expected.source} {metrics['dense_nll']:.4f})"
     words = [
         f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, top-1 agreement "
         f"{metrics['top1_agreement']:.2%}{text}."
     ]
     if cost := metrics["kl_mean_rounding"]:
-        words.append(f"Rounding its weights alone costs a mean KL of {cost:.2g}.")
+        words.append(f"Rounding the weights alone costs a mean KL of {cost:.2g}.")
     if "kl_mean_picture" in metrics:
         words.append(
-            f"On a drawn picture of {metrics['picture_tokens']} tokens with text: mean KL "
+            f"On a random picture of {metrics['picture_tokens']} tokens with text: mean KL "
             f"{metrics['kl_mean_picture']:.2g}."
         )
     words.append(
-        f"The experts of a layer add an error of at most {worst.added_rms:.2g} (layer "
-        f"{worst.layer}), relative to the {expected.source}'s MLP. Groups stayed whole in "
-        f"{1 - metrics['split_token_layers']:.2%} of tokens and layers; expert load varies by "
-        f"{metrics['expert_load_cv']:.2f} (standard deviation / mean)."
+        f"Largest error of a layer's experts: {worst.added_rms:.2g} of the MLP's output (layer "
+        f"{worst.layer}). Whole groups: {1 - metrics['split_token_layers']:.2%} of tokens and "
+        f"layers. Expert load varies by {metrics['expert_load_cv']:.2f} (standard deviation / "
+        "mean)."
     )
     return " ".join(words)
 
@@ -263,20 +262,21 @@ def _judge(
     """Return the promise in words, and where the metrics break it."""
     is_exact, std = expected.promise is Promise.EXACT, expected.logit_std
     words = "" if expected.is_lossless else " up to the rounding of the scaled weights"
-    detail = f"The same function{words}."
+    detail = f"Both models compute the same function{words}."
     # Where routers tie in float32 a group may split, so the KL is limited where groups are whole.
     limits = {"kl_mean_whole": bound, "kl_mean_picture": bound}
     if not is_exact:
         detail = (
-            "The same function up to an error of the order of the router's logits (standard "
-            f"deviation {std:.3g})."
+            "Both models compute the same function up to an error of the order of the router's "
+            f"logits (standard deviation {std:.3g})."
         )
         limits = {"kl_mean_whole": 30 * min(std, _LARGEST_LOGIT_STD) ** 2 + 1e-4}
     limits["kl_mean_rounding"] = _MOST_ROUNDING_KL
     if expected.group_size > 1:
         limits["split_token_layers"] = _MOST_SPLIT_EXACT if is_exact else _MOST_SPLIT
+    recipe = "an exact recipe" if is_exact else "this recipe"
     failures = [
-        f"{key} is {metrics[key]:.3g}; {_LIMITS[key]} {most:.3g}"
+        _LIMITS[key].format(found=metrics[key], most=most, source=expected.source, recipe=recipe)
         for key, most in limits.items()
         if key in metrics and not metrics[key] <= most
     ]
@@ -285,7 +285,7 @@ def _judge(
     disagreeing = round((1 - top1) * metrics["tokens"])
     if is_exact and expected.is_lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
         failures.append(
-            f"top1_agreement_conversion is {top1:.4%}; an exact recipe needs at least "
-            f"{_EXACT_TOP1:.1%}"
+            f"top-1 agreement with the {expected.source} is {top1:.2%}; an exact recipe needs at "
+            f"least {_EXACT_TOP1:.1%}"
         )
     return detail, failures

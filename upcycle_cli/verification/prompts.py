@@ -1,9 +1,9 @@
-"""The tokens that both models are run on: text, and tokens drawn at random."""
+"""The tokens that both models run on: text and random tokens."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.texts import builtin_texts, read_texts
 from upcycle_cli.run.models import load_config
 from upcycle_cli.run.texts import ROW_TOKENS, shares, tokenized
+from upcycle_cli.verification.result import TEXT_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -20,24 +21,22 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import Checkpoint
 
 PROMPTS = "the prompts"
-"""What messages call the file of --prompts."""
-_TOKENS = 768
-"""Tokens of text by default."""
+"""How messages call the file of prompts."""
 _FEWEST_RANDOM = 256
+_MAX_PIECES = 8
+"""Tokens that can share one character; a character of UTF-8 has 4 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Which text both models are run on: the built-in one unless `prompts` names a file."""
+    """The text that both models run on: the built-in one, unless `prompts` names a file."""
 
     prompts: Path | None = None
-    """A file of text, or of JSON Lines."""
-    tokens: int | None = None
-    """The number of tokens of text, at most, over all texts."""
+    """A file of text or JSON Lines."""
+    tokens: int = TEXT_TOKENS
+    """The largest number of tokens of text."""
     context: int | None = None
-    """The length of one row of text, instead of several short rows."""
-    continuation: bool = False
-    """Whether to show how each model continues the text, for a report."""
+    """Use one row of text of this length instead of several short rows."""
 
     def check(self) -> None:
         """Raise UpcycleError for numbers below 1, and for prompts that cannot be read."""
@@ -55,14 +54,13 @@ class Prompt:
     ids: torch.Tensor
     """(B, S)"""
     words: tuple[list[str], ...]
-    """The text at the beginning of each row, token by token."""
+    """The text at the beginning of each row, token by token; see `_pieces`."""
     origin: str
-    """How many tokens come from where, in words."""
-    decode: Callable[[list[int]], str]
+    """How many tokens come from where, for messages."""
 
     @cached_property
     def targets(self) -> torch.Tensor:
-        """The next token of the text at each position (B·S,), -1 at its end."""
+        """The next token of the text at each position (B·S,); -1 where the text ends."""
         targets_BS = self.ids * 0 - 1
         for row, words in enumerate(self.words):
             targets_BS[row, : max(0, len(words) - 1)] = self.ids[row, 1 : len(words)]
@@ -70,11 +68,11 @@ class Prompt:
 
 
 def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> Prompt:
-    """Return text, if the dense model has a tokenizer, and random tokens of the whole vocabulary.
+    """Return rows of text, if the dense model has a tokenizer, and of random tokens.
 
-    Text alone is not enough: a router can be made to fit it. `seed_bytes` seed the random tokens;
-    they should depend on the routers, so that no router can be made to fit those either. Raises
-    UpcycleError for prompts and contexts that cannot be used, TransformersError for a config.
+    Text alone is not enough: someone could fit a router to it. `seed_bytes` seed the random tokens;
+    take them from the routers, so that no router can be fitted to these tokens either. Raises
+    UpcycleError for unusable prompts and contexts, TransformersError for a damaged config.
     """
     import torch
 
@@ -94,12 +92,12 @@ def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> P
             f"the prompts {prompts} cannot be used: {reason}.",
             "Without `prompts`, random tokens are used.",
         )
-    text = [token for share in shares(texts, options.tokens or _TOKENS) for token in share]
+    text = [token for share in shares(texts, options.tokens) for token in share]
     if context is not None and text:
         text = (text * (context // len(text) + 1))[:context]
     rows = [text[begin : begin + length] for begin in range(0, len(text), length)]
     if not rows:
-        rows = [[] for _ in range(0, context or options.tokens or ROW_TOKENS, length)]
+        rows = [[] for _ in range(0, context or options.tokens, length)]
     if context is None and len(rows) * length - len(text) < min(_FEWEST_RANDOM, length):
         rows.append([])
     seed = int.from_bytes(hashlib.sha256(seed_bytes).digest()[:8], "little") >> 1  # torch takes 63
@@ -115,5 +113,23 @@ def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> P
         origin = f"{drawn:,} random tokens, since {reason}"
     if context is not None:
         origin += f", in a context of {context:,}"
-    words = tuple([decode([token]) for token in row] for row in rows)
-    return Prompt(torch.tensor(filled), words, origin, decode)
+    words = tuple([*_pieces(decode, row)] for row in rows)
+    return Prompt(torch.tensor(filled), words, origin)
+
+
+def _pieces(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> Iterator[str]:
+    """Yield the text that each token adds.
+
+    A character can consist of several tokens: the last one yields it, the others nothing. Each
+    token is decoded behind the one before it, since some tokenizers drop a space at the beginning.
+    """
+    before: list[int] = []
+    held: list[int] = []
+    for token in tokens:
+        held.append(token)
+        text = decode(before + held)
+        if text.endswith("\ufffd") and len(held) < _MAX_PIECES:
+            yield ""
+            continue
+        yield text[len(decode(before)) :]
+        before, held = held, []

@@ -1,6 +1,6 @@
-"""What verification says: one result per check, and a report of them all.
+"""The result of each check, and the report of them all.
 
-`Findings` collects failures while a check runs and keeps only as many as a person will read.
+`Findings` collects failures while a check runs and keeps as many as a person will read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from upcycle_cli.core.display import Compact, Result, Row
 
 CHECK_NAMES = ("directory", "weights", "outputs")
 """The checks, in the order in which they run."""
+TRAINED = "these weights were trained"
+"""How the failure begins that explains all differences of a trained MoE."""
+TEXT_TOKENS = 768
+"""How many tokens of text both models run on by default."""
 _MOST_SHOWN = 8
 
 
@@ -25,52 +29,43 @@ class Status(StrEnum):
 
     PASSED = "passed"
     FAILED = "failed"
-    MEASURED = "measured"  # nothing is wrong, and nothing proven: equality is not promised
-    SKIPPED = "skipped"  # it did not run; its detail says why
+    MEASURED = "measured"  # nothing is wrong, but equality is not promised or not proven
+    SKIPPED = "skipped"  # did not run; its detail says why
 
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """What a layer's mixture of experts does differently from the dense MLP.
+    """How the experts of one layer differ from the dense MLP.
 
-    Errors are relative to the root mean square of what the dense model has in their place.
+    Errors are relative to the root mean square of the dense model's values.
     """
 
     layer: int
     added_rms: float
-    """The error that its experts add to the dense model's own input."""
+    """The error of the experts' output on the dense model's own input."""
     added_max: float
     gain: float
-    """How much of the dense MLP's output theirs is, projected on it: 1 for the same function."""
+    """The experts' output projected on the dense MLP's: 1 for the same function."""
     hidden_rms: float
-    """The error of the hidden state that left the layer, all layers before it included."""
+    """The error of the hidden state after the layer, including all layers before it."""
     whole_share: float
-    """The share of tokens that got whole groups."""
+    """The share of tokens that use whole groups."""
     router_entropy: float
     router_margin: float
     load_cv: float
     idle_experts: int
     """How many experts no token chose."""
     load: list[int]
-    """How many tokens chose each."""
+    """How many tokens chose each expert."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TextMeasure(Compact):
-    """One text, and how far the models' predictions of what follows each token are apart."""
+    """One text, and how far both models' predictions of the next token are apart."""
 
     tokens: list[str]
     kl: list[float | None]
     """KL(dense ‖ MoE) in nats; None where it is not finite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Continuation:
-    """How each model goes on after a text, taking the most probable token each time."""
-
-    text: str
-    dense: str
-    moe: str
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -79,12 +74,11 @@ class CheckResult(Compact):
 
     name: str
     status: Status
-    detail: str  # for a person
-    failures: tuple[str, ...] = ()  # each names a tensor or key and what is wrong with it
+    detail: str  # a summary for people
+    failures: tuple[str, ...] = ()  # each names a tensor, file or key and what is wrong
     metrics: Mapping[str, float | int | str | bool] = field(default_factory=dict)
-    layers: tuple[LayerMeasure, ...] = ()  # what was measured layer by layer
-    texts: tuple[TextMeasure, ...] = ()  # and token by token
-    continuation: Continuation | None = None
+    layers: tuple[LayerMeasure, ...] = ()
+    texts: tuple[TextMeasure, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -92,18 +86,14 @@ class Report(Result):
     """The results of all checks that were asked for, in the order in which they ran."""
 
     checks: tuple[CheckResult, ...]
-    # What the MoE promises: exact, approximate or none; None when it could not be opened.
-    promise: str | None = None
-    allow_inexact: bool = False  # a measurement of an MoE that promises nothing is enough
+    promise: str | None = None  # exact, approximate or none; None if the MoE cannot be opened
+    allow_inexact: bool = False  # accept an MoE that was only measured
     grown: bool = False  # the source is a smaller MoE, not a dense model
-    paths: tuple[Path, Path] | None = None  # where both models were read: the dense one, the MoE
+    paths: tuple[Path, Path] | None = None  # the directories of the dense model and the MoE
 
     @property
     def status(self) -> Status:
-        """`failed` when any check failed, `passed` when all of them ran and passed.
-
-        `measured` is all between: nothing is wrong, and not everything is proven.
-        """
+        """`failed` if any check failed, `passed` if all checks ran and passed, else `measured`."""
         found = {check.status for check in self.checks}
         if Status.FAILED in found:
             return Status.FAILED
@@ -115,15 +105,12 @@ class Report(Result):
 
     @property
     def passed(self) -> bool:
-        """Whether the MoE computes the dense function, as far as it was checked."""
+        """Whether all checks passed: the MoE computes the dense model's function."""
         return self.status is Status.PASSED
 
     @property
     def accepted(self) -> bool:
-        """Whether the MoE is what the user expects.
-
-        All checks that the user chose passed, or `allow_inexact` accepts a measurement.
-        """
+        """Whether the chosen checks passed, or `allow_inexact` accepts a measurement."""
         found = {check.status for check in self.checks}
         asked = found == {Status.PASSED} and self.promise != "none"
         return asked or (self.allow_inexact and self.status is Status.MEASURED)
@@ -135,24 +122,28 @@ class Report(Result):
             for check in self.checks
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
+    def to_json(self, *, full: bool = False) -> dict[str, Any]:
+        """Return the report as plain JSON values; `full` adds loads of experts and KL of tokens."""
         return {
             "status": str(self.status),
             "promise": self.promise,
-            "checks": [_check_json(check) for check in self.checks],
+            "checks": [_check_json(check, full=full) for check in self.checks],
         }
 
 
-def _check_json(check: CheckResult) -> dict[str, Any]:
-    # JSON has no number for what has no value.
+def _check_json(check: CheckResult, *, full: bool) -> dict[str, Any]:
+    # JSON has no nan and no infinity.
     found = json.loads(json.dumps(asdict(check)), parse_constant=lambda _: None)
-    measured = ("layers", "texts", "continuation")  # by one of the checks alone
+    if not full:
+        found["texts"] = None
+        for layer in found["layers"]:
+            del layer["load"]
+    measured = ("layers", "texts")  # only `outputs` has them
     return {key: value for key, value in found.items() if value or key not in measured}
 
 
 class Findings(list[str]):
-    """Failures as they are found; a result has the first few in words, the rest as a count."""
+    """Collects failures; the result shows the first few and counts the rest."""
 
     def add(self, *failures: str) -> None:
         """Note failures."""
@@ -161,7 +152,7 @@ class Findings(list[str]):
     def result(
         self, name: str, passed: str, metrics: Mapping[str, float] | None = None, note: str = ""
     ) -> CheckResult:
-        """Return the check's result: in words `passed` when nothing was found, and `note`."""
+        """Return the check's result; its detail is `passed` if nothing failed, then `note`."""
         hidden = len(self) - _MOST_SHOWN
         problems = "1 problem" if len(self) == 1 else f"{len(self)} problems"
         return CheckResult(
@@ -169,6 +160,6 @@ class Findings(list[str]):
             status=Status.FAILED if self else Status.PASSED,
             detail=f"{f'{problems} found.' if self else passed} {note}".strip(),
             failures=(*self[:_MOST_SHOWN], *([f"and {hidden} more"] if hidden > 0 else [])),
-            # What could not be measured is nan, and JSON has no such number.
+            # A metric that could not be measured is nan, which JSON does not have.
             metrics={key: value for key, value in (metrics or {}).items() if math.isfinite(value)},
         )

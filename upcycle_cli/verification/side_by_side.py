@@ -25,16 +25,11 @@ from upcycle_cli.run.lazy_models import LazyModel, Round
 from upcycle_cli.run.models import source_errors, transformers_errors
 from upcycle_cli.verification.logit_divergence import Comparison, Ending, compare
 from upcycle_cli.verification.prompts import Prompt
-from upcycle_cli.verification.result import Continuation, LayerMeasure
+from upcycle_cli.verification.result import LayerMeasure
 from upcycle_cli.verification.routing import ObservedRouting, observed_routers
 
 _SAMPLED = 64
 """Positions at which the experts of each layer also run on the dense model's own MLP input."""
-_OPENING = 24
-"""Tokens of text that both models continue."""
-_CONTINUED = 16
-_CONTINUED_PARAMETERS = 5e8
-"""A dense model of so many parameters or more adds one token only: each reads all weights."""
 
 
 @dataclass(frozen=True)
@@ -136,28 +131,3 @@ def _measure(
         hidden_rms=hidden_error / (float(dense.hidden.norm()) or math.nan),
         **routing,
     )
-
-
-def continue_text(dense: LazyModel, moe: LazyModel, prompt: Prompt) -> Continuation | None:
-    """Return how each model continues the beginning of the text, greedily; None without text."""
-    opening = prompt.ids[:1, : min(_OPENING, len(prompt.words[0]))]
-    if not opening.numel():
-        return None
-    share = _CONTINUED_PARAMETERS / dense.checkpoint.num_parameters
-    count = max(1, min(_CONTINUED, int(share)))
-    texts = [prompt.decode(_continued(model, opening, count)) for model in (dense, moe)]
-    return Continuation(text=prompt.decode(opening[0].tolist()), dense=texts[0], moe=texts[1])
-
-
-def _continued(model: LazyModel, opening: torch.Tensor, count: int) -> list[int]:
-    found: list[int] = []
-    ids, cache = opening, None
-    for _ in range(count):
-        with transformers_errors(), torch.no_grad():
-            output = model.net(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-        cache = output.past_key_values
-        ids = output.logits[:, -1:].argmax(-1)
-        found.append(int(ids))
-    return found

@@ -1,16 +1,16 @@
 """`verify`: rebuild the plan of the conversion, compare the MoE with it, and run both models.
 
-- rebuild.py     from `upcycle.json` to the plan, by the function that convert calls
-- directory.py   the files, config.json and settings
-- weights.py     every tensor (unbound.py: values that only the MoE has; explain.py: in words)
-- outputs.py     both models on text, by transformers' own code; it uses nothing of the planner
+- rebuild.py     makes the plan again from `upcycle.json`, with the planner of `convert`
+- directory.py   compares files and settings
+- weights.py     compares every tensor (unbound.py: values that only the MoE has; explain.py: words)
+- outputs.py     runs both models on text with transformers' own code and nothing of the planner
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,24 +61,23 @@ def verify(  # noqa: PLR0913 - options, by name
     watch: Progress | None = None,
     fitted: Calibration | None = None,
 ) -> Report:
-    """Check the MoE in one directory against the dense model in another, or that it grew from.
+    """Check an MoE against the dense model, or the smaller MoE, that it was made from.
 
-    Either can be a repo on the Hub at a revision (a branch, tag or commit); it is downloaded first.
-    `experts_from` are the other models that experts were made of, each a directory or a repo, as
-    REPO or REPO@REVISION. `router_init` is the file that router rows were given in, `calibration`
-    the text that they were fitted to; the built-in text is at hand always. `texts` says what both
-    models are run on. With `fail_fast` no check runs after one that failed. An MoE that does not
-    promise equality is measured; `allow_inexact` says that this is expected, and makes the report
-    `accepted`. `watch` hears how far the checks are. `fitted` is the calibration of a conversion
-    that has just run it; without it, rows fitted to a text are fitted again.
+    Each is a directory, or a repo on the Hub at a revision (a branch, tag or commit), which is
+    downloaded first. `experts_from` are the other models that gave experts: directories, REPO or
+    REPO@REVISION. `router_init` is the file of the router rows, `calibration` the text that they
+    were fitted to, unless it was the built-in one. `texts` chooses the text that both models run
+    on. `fail_fast` skips the checks after the first that fails. An MoE that does not promise
+    equality is measured; `allow_inexact` accepts that. `watch` receives the progress. `fitted` is
+    the calibration of a conversion that has just run; without it, rows are fitted again.
 
-    Raises UpcycleError when the check cannot be made: an unknown check, a directory, dense model,
-    file or prompts that cannot be used, a broken transformers. Damage to the MoE is a finding.
+    Raises UpcycleError when a check cannot run: for an unknown check, an unusable directory, dense
+    model, file or text, or a broken transformers. Damage to the MoE is a finding, not an error.
     """
     checks = [str(name) for name in listed(checks)]
     unknown = [name for name in checks if name not in CHECK_NAMES]
     if unknown or not checks:
-        what = f"'{unknown[0]}' is not a check." if unknown else "no check was asked for."
+        what = f"'{unknown[0]}' is not a check." if unknown else "no check was chosen."
         hint = did_you_mean("".join(unknown[:1]), CHECK_NAMES)
         raise UpcycleError(what, hint or f"Choose from {', '.join(CHECK_NAMES)}.")
     selected = [name for name in CHECK_NAMES if name in checks]
@@ -91,18 +90,20 @@ def verify(  # noqa: PLR0913 - options, by name
     given = Inputs.read(calibration=calibration, rows=router_init)
     reuse_freed_memory()
     try:
-        # Before gigabytes are downloaded.
-        grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
+        # Check before downloading gigabytes.
+        try:
+            grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
+        except _DamageError as error:
+            return _damaged(selected, error, (places[0].path, places[1].path))
         names = tuple(places[1].names())
+        if not all(place.is_local for place in (*places, *others)):
+            watch.begins("downloading")
         paths = download_model(places[0]), download_model(places[1])
         source, *more = (_open_source(path) for path in (paths[0], *map(download_model, others)))
         try:
             converted = open_checkpoint(paths[1])
         except UpcycleError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-                raise cause from None
-            return replace(_damaged(selected, error), paths=paths)
+            return _damaged(selected, error, paths)
         case = _Case(source, converted, names, texts, watch, fitted)
         case.rebuild(more, given)
         return Report(
@@ -113,14 +114,14 @@ def verify(  # noqa: PLR0913 - options, by name
             paths=paths,
         )
     except OSError as error:
-        # What the system does not let one read is neither damage nor a bug.
+        # A file that the system refuses to read is neither damage nor a bug.
         reason = error.strerror or str(error)
         raise UpcycleError(f"cannot read {error.filename or moe}: {reason}.") from error
 
 
 @dataclass
 class _Case:
-    """Two opened models, and the plan that the record of one says."""
+    """Two opened models, and the plan that the MoE's record describes."""
 
     dense: Checkpoint
     moe: Checkpoint
@@ -131,12 +132,12 @@ class _Case:
     plan: Plan | None = None
     record: rebuild.Record = field(default_factory=dict)
     unrecorded: str = ""
-    """Why there is no plan to compare with; then nothing can pass."""
+    """Why there is no plan to compare with; then nothing passes."""
     mismatch: str = ""
-    """Why the record cannot be one of this conversion; then the comparisons fail."""
+    """Why the record does not describe this conversion; then directory and weights fail."""
 
     def rebuild(self, others: Sequence[Checkpoint], given: Inputs) -> None:
-        """Plan the recorded conversion again; UpcycleError where the user gave other models."""
+        """Plan the recorded conversion again; UpcycleError if the user gave other models."""
         if not is_moe(self.dense.config):
             check_source(self.dense, dense_model(self.dense.config, self.dense.tensors))
         try:
@@ -159,7 +160,7 @@ class _Case:
             self.watch.begins(f"checking {name}")
             if name == "outputs":
                 if imports is not None:
-                    imports.exception()  # the check imports it again, and reports what is wrong
+                    imports.exception()  # the check imports it again and reports any error
                 results.append(self._outputs())
             elif self.mismatch:
                 results.append(Findings([self.mismatch]).result(name, ""))
@@ -171,8 +172,8 @@ class _Case:
                 from upcycle_cli.verification.weights import check_weights
 
                 if "outputs" in selected and not fail_fast and not rebuild.is_fitted(self.plan):
-                    # What `outputs` needs is imported while `weights` reads files. A calibration
-                    # imports it itself, and two threads must not.
+                    # Import what `outputs` needs while `weights` reads files, unless a calibration
+                    # imports it too: two threads must not.
                     package = "transformers.modeling_utils"
                     imports = ThreadPoolExecutor(1).submit(import_module, package)
                 routers = self.record["routers"]
@@ -202,44 +203,59 @@ def _skipped(name: str, detail: str) -> CheckResult:
     return CheckResult(name=name, status=Status.SKIPPED, detail=detail)
 
 
-def _damaged(selected: Sequence[str], error: UpcycleError) -> Report:
-    """Return the report on an MoE that cannot be opened: whichever check comes first fails."""
+class _DamageError(UpcycleError):
+    """The MoE's config.json cannot be read, which is a finding."""
+
+
+def _damaged(selected: Sequence[str], error: UpcycleError, paths: tuple[Path, Path]) -> Report:
+    """Return the report on an MoE that cannot be opened: the first check fails.
+
+    Raises OSError where the system refuses to read a file.
+    """
+    cause = error.__cause__
+    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+        raise cause from None
     first, *others = selected
     failed = Findings([error.message]).result(first, "", note="The MoE cannot be read.")
     reason = f"Not run: the MoE cannot be read (see {first})."
-    return Report(checks=(failed, *(_skipped(name, reason) for name in others)))
+    checks = (failed, *(_skipped(name, reason) for name in others))
+    return Report(checks=checks, paths=paths)
 
 
-# What the user gives ------------------------------------------------------------------------------
+# The user's models --------------------------------------------------------------------------------
 
 
 def _check_kinds(moe: Path, sources: Sequence[Path]) -> bool:
     """Whether the MoE grew from the first source, an MoE; UpcycleError for the wrong models."""
-    if not is_target(config := _config(moe, "MoE")):
+    _require_config(moe, "MoE")
+    try:
+        config = read_json(Storage(moe).local(CONFIG_NAME))
+    except UpcycleError as error:
+        raise _DamageError(error.message) from error.__cause__
+    if not is_target(config):
         order = " The dense model comes first: upcycle verify DENSE MOE."
         raise _wrong_kind(moe, config, "an MoE that upcycle makes", is_known(config) * order)
     for path in sources:
-        config = _config(path, "dense model")
+        _require_config(path, "dense model")
+        config = read_json(Storage(path).local(CONFIG_NAME))
         grows = is_moe(config) and is_target(config) and wrapper_of(config) is None
         if grows and path is sources[0]:
             if path.resolve() != moe.resolve():
                 return True
             raise UpcycleError(
                 f"{path} is given twice.",
-                "The dense model comes first, or the MoE that another one was grown from.",
+                "The dense model comes first, or the smaller MoE that the other one grew from.",
             )
         if is_moe(config) or not is_known(config):
             raise _wrong_kind(path, config, "a dense model that upcycle reads")
     return False
 
 
-def _config(path: Path, what: str) -> dict[str, Any]:
-    directory = Storage(path)
-    if not directory.has(CONFIG_NAME):
+def _require_config(path: Path, what: str) -> None:
+    if not Storage(path).has(CONFIG_NAME):
         no_model = f"{path} is not a directory with a {CONFIG_NAME}."
         hint = f"Give the directory of the {what}."
-        raise find_adapter(directory) or UpcycleError(no_model, hint)
-    return read_json(directory.local(CONFIG_NAME))
+        raise find_adapter(Storage(path)) or UpcycleError(no_model, hint)
 
 
 def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -> UpcycleError:
@@ -251,7 +267,7 @@ def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -
 
 
 def _open_source(path: Path) -> Checkpoint:
-    """Open the source, or another model that experts were made of; UpcycleError."""
+    """Open a model that experts were made of; raises UpcycleError."""
     source = open_checkpoint(path)
     obsolete = not is_target(source.config) and dense_family(source.config).has_obsolete_code
     refuse_unsafe_settings(source, ignore_code=obsolete, parts=nested_configs(source.config))

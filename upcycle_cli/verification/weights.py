@@ -23,9 +23,9 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.verification.explain import TRAINED, Place, explain
+from upcycle_cli.verification.explain import Place, explain
 from upcycle_cli.verification.rebuild import is_fitted, why_unproven
-from upcycle_cli.verification.result import CheckResult, Findings, Status
+from upcycle_cli.verification.result import TRAINED, CheckResult, Findings, Status
 from upcycle_cli.verification.unbound import Unbound, is_unbound
 from upcycle_cli.write.evaluate import evaluate_together
 from upcycle_cli.write.file_layout import bundles
@@ -90,7 +90,7 @@ def check_weights(
     }
     if fitted is not None and is_fitted(plan):
         notes.append("What was fitted to the text was compared with another run.")
-    passed = f"All {len(compared)} tensors are bit for bit what the plan makes of the source."
+    passed = f"All {len(compared):,} tensors are, bit for bit, what convert writes."
     if unproven is not None:
         passed = f"Nothing differs, but not everything is proven: {unproven}."
     found = findings.result(NAME, passed, metrics, " ".join(notes))

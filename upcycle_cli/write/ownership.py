@@ -110,7 +110,9 @@ def checksum_failures(output: Path) -> Iterator[str]:
         return
     try:
         for name, wanted in read_checksums(locate(output, CHECKSUMS_NAME)).items():
-            if wanted != sha256_of(locate(output, name)):
+            if not os.path.lexists(output / name):
+                yield f"{name} is missing"
+            elif wanted != sha256_of(locate(output, name)):
                 yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
     except UpcycleError as error:
         yield error.message

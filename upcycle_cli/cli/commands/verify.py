@@ -9,6 +9,7 @@ import typer
 from upcycle_cli.cli import options, render, terminal
 from upcycle_cli.cli.process import EXIT_ERROR, raise_signal
 from upcycle_cli.cli.progress import progress_bar
+from upcycle_cli.verification.result import TEXT_TOKENS
 
 _option = options.options_of("verify")
 
@@ -21,7 +22,7 @@ def verify(
     calibration: Path | None = _option("calibration", None),
     checks: str = _option("checks", "directory,weights,outputs"),
     prompts: Path | None = _option("prompts", None),
-    tokens: int | None = _option("tokens", None),
+    tokens: int = _option("tokens", TEXT_TOKENS),
     context: int | None = _option("context", None),
     fail_fast: bool = _option("fail_fast", False),
     dense_revision: str | None = _option("dense_revision", None),
@@ -29,9 +30,10 @@ def verify(
     allow_inexact: bool = _option("allow_inexact", False),
     report: Path | None = _option("report", None),
     json: bool = options.JSON,
+    json_full: bool = _option("json_full", False),
     quiet: bool = options.QUIET,
 ) -> None:
-    """Prove that an MoE computes what its dense model computes; exit code 1 if it does not.
+    """Check that an MoE computes what its dense model computes; exit code 1 if it does not.
 
     Example:
       upcycle verify Llama-3.1-8B Llama-3.1-8B-E8G1T2
@@ -43,6 +45,7 @@ def verify(
     from upcycle_cli.verification import verify as verification
     from upcycle_cli.verification.prompts import TextOptions
 
+    json = json or json_full
     silent = quiet or json
     names = [name.strip() for name in checks.split(",") if name.strip()]
     with progress_bar(silent=silent) as watch:
@@ -53,9 +56,7 @@ def verify(
             router_init=router_init,
             calibration=calibration,
             checks=names,
-            texts=TextOptions(
-                prompts=prompts, tokens=tokens, context=context, continuation=report is not None
-            ),
+            texts=TextOptions(prompts=prompts, tokens=tokens, context=context),
             fail_fast=fail_fast,
             dense_revision=dense_revision,
             moe_revision=moe_revision,
@@ -75,10 +76,10 @@ def verify(
         if not silent:
             terminal.talk(f"Wrote {report}.")
     if json:
-        terminal.print_json(found.to_json())
+        terminal.print_json(found.to_json(full=json_full))
     if found.status == "skipped":
         terminal.fail("no check could run, so nothing is proven.", EXIT_ERROR)
     if found.status == "measured" and not found.accepted:
-        terminal.talk("Not everything is proven; --allow-inexact accepts what was measured.")
+        terminal.talk("Not everything is proven. --allow-inexact accepts this result.")
     if not found.accepted:
         raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
