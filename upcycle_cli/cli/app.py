@@ -1,4 +1,4 @@
-"""The commands in a group, whose errors become exit codes."""
+"""The group of all commands. It turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
 
 
 def _with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose errors end it with their exit codes."""
+    """Wrap a command, so that an error prints a message and sets the exit code."""
 
     @functools.wraps(command)
     def run(*, json: bool = False, **values: Any) -> None:  # noqa: ANN401 - as typer has them

@@ -1,4 +1,4 @@
-"""Where option values come from (command line, variable, recipe file), and what is made of them."""
+"""Option values: from the command line, variables and recipe files to the library's objects."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def file_of(value: str, names: type[StrEnum]) -> Path | None:
 def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
     """Return the recipe or the growth; UpcycleError when there is none, or both."""
     if moe.expand is not None:
-        words = "--expand duplicates the experts of an MoE; it takes no"
+        words = "--expand grows an MoE; it takes no"
         _check_conflicts(context, _WITH_EXPAND, words)
         return Growth(expand=moe.expand, top_k=moe.top_k, allow_inexact=allow_inexact)
     values: dict[str, Any] = {n.name: getattr(moe, n.name, None) for n in fields(Recipe)}
@@ -238,7 +238,7 @@ def to_shared_choices(moe: MoeOptions, context: typer.Context) -> SharedChoices:
     """Return what the recipes in a budget have in common; UpcycleError for a recipe's options."""
     from upcycle_cli.plan.budget import SharedChoices
 
-    _check_conflicts(context, _WITH_BUDGET, "a budget lists all recipes that fit; it takes no")
+    _check_conflicts(context, _WITH_BUDGET, "a list of the recipes that fit takes no")
     common = {
         "routing": None if moe.routing == "auto" else moe.routing,
         "layers": moe.layers,

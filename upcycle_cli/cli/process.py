@@ -39,10 +39,10 @@ def start() -> None:
     """Handle signals and protect the standard streams."""
     _handle_signals(on_signal)
     _protect_streams()
-    # upcycle multiplies no matrices in numpy, whose BLAS would start threads during its import.
+    # Importing numpy would start threads for its BLAS, which upcycle does not use.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # torch's threads wait for each other after each operation. On a busy machine those that wait
-    # by spinning take most of the processor time.
+    # torch's threads wait for each other after each operation. On a busy machine, spinning threads
+    # would take most of the processor time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # huggingface_hub's warnings announce retries; a final failure is raised.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -140,7 +140,7 @@ def _valid(text: str) -> str:
 
 @contextmanager
 def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[None]:
-    """Print a user's error in words, unless `silent`, and end the command with its exit code."""
+    """Print errors that a user can fix, unless `silent`, and end the command with an exit code."""
     code = EXIT_ERROR
     try:
         yield
@@ -162,7 +162,7 @@ def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[Non
 
 
 def in_words(error: BaseException) -> UpcycleError | None:
-    """Return an error in words, with what to do about it; None for a bug."""
+    """Return the message and the hint for an error; None for a bug."""
     match lack_in_words(error) or error:
         case UpcycleError() as known:
             return known

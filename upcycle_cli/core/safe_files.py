@@ -80,7 +80,7 @@ def read_small(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     except OSError as error:
         raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
     if len(data) > most:
-        raise UpcycleError(f"{path} is not read: no such file has more than {most:,} bytes.")
+        raise UpcycleError(f"{path} is too large: more than {most:,} bytes.")
     return data
 
 
@@ -186,7 +186,7 @@ def read_checksums(path: Path) -> dict[str, str]:
     for line in text.removesuffix("\n").split("\n"):
         match = _CHECKSUM.fullmatch(line)
         if match is None or not is_inner_name(match[2]):
-            words = f"{CHECKSUMS_NAME} has a line that names no file here: {shown(line)}"
+            words = f"{CHECKSUMS_NAME} has a bad line: {shown(line)}"
             raise UpcycleError(words)
         found[match[2]] = match[1]
     return found

@@ -17,7 +17,7 @@ from upcycle_cli.core.text import any_of, did_you_mean
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 SHIPPED = "upcycled"
-"""The --target whose modeling code is shipped with the model."""
+"""The `target` that ships its modeling code with the model."""
 
 
 class Routing(StrEnum):

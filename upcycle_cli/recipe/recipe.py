@@ -49,8 +49,8 @@ APPROXIMATE_LOGIT_STD = 0.05
 promise anything: on SmolLM2-135M the mean KL is 4e-4 at 0.01 and 3 at 1."""
 
 _FITTED_STD = 0.01
-"""The limit for rows fitted to a calibration, whose standard deviation is measured: nominally it is
-larger, on SmolLM2-135M up to 2.3 times."""
+"""The limit for rows fitted to a calibration text. It is for the measured standard deviation; the
+nominal one is larger, up to 2.3 times on SmolLM2-135M."""
 
 _OFF_BY_STD = 4.0
 """The largest of a thousand normal logits lie this many standard deviations above their mean."""
@@ -113,8 +113,8 @@ class Recipe(Compact):
     def _check_sizes(self) -> None:
         if not 0 <= self.shared_experts < self.granularity:
             raise UpcycleError(
-                f"{self.shared_experts} of {self.granularity} shards (G) cannot be shared.",
-                "Shared experts are fewer than G: some shards are routed.",
+                f"`shared_experts` must be at least 0 and less than G = {self.granularity}, not "
+                f"{self.shared_experts}.",
             )
         product = "E·(G − K)" if self.shared_experts else "E·G"
         made = f"{self.num_experts} experts per layer ({product})"
@@ -144,26 +144,24 @@ class Recipe(Compact):
             f"expansion (E) must be at least 1, not {self.expansion}.": self.expansion < 1,
             f"granularity (G) must be at least 1, not {self.granularity}.": self.granularity < 1,
             f"top-k (T) must be at least 1, not {self.top_k}.": self.top_k < 1,
-            f"the scale must be a positive number, not {scale}.": (
+            f"`scaling` must be a positive number, not {scale}.": (
                 isinstance(scale, float) and not 0 < scale < math.inf
             ),
-            f"the router logit standard deviation must be a positive number, not {std}.": (
+            f"`router_logit_std` must be a positive number, not {std}.": (
                 std is not None and not 0 < std < math.inf
             ),
-            "router rows of a file are not scaled: leave out `router_logit_std`.": (
+            "`router_logit_std` does not apply to router rows from a file.": (
                 std is not None and self.router_init is RouterInit.FILE
             ),
-            f"the seed must be between 0 and 2^63 - 1, not {self.seed}.": (
+            f"`seed` must be between 0 and 2^63 - 1, not {self.seed}.": (
                 not 0 <= self.seed < 2**63
             ),
-            f"noise must be 0, or between {_LEAST_NOISE:g} and 1 times the standard deviation of "
-            f"each matrix, not {self.noise}.": self.noise and not _LEAST_NOISE <= self.noise <= 1,
-            f"reinit is a share of neurons and must be between 0 and 1, not {self.reinit}.": (
-                not 0 <= self.reinit <= 1
-            ),
+            f"`noise` must be 0 or between {_LEAST_NOISE:g} and 1, not {self.noise}.": self.noise
+            and not _LEAST_NOISE <= self.noise <= 1,
+            f"`reinit` must be between 0 and 1, not {self.reinit}.": (not 0 <= self.reinit <= 1),
             "`noise` and `reinit` exclude each other.": self.noise and self.reinit,
-            "experts cannot be perturbed beside a shared expert: leave out "
-            "`shared_experts`, or `noise` and `reinit`.": self.perturbed and self.shared_experts,
+            "`shared_experts` excludes `noise` and `reinit`.": self.perturbed
+            and self.shared_experts,
         }
         for message, applies in wrong.items():
             if applies:
@@ -229,7 +227,7 @@ class Recipe(Compact):
             )
         if self.reinit and not self.reinit_count(size):
             raise UpcycleError(
-                f"a share of {self.reinit:g} of an expert {size} wide rounds to 0 neurons.",
+                f"`reinit` {self.reinit:g} of the {size} neurons of an expert rounds to 0 neurons.",
                 f"Use a `reinit` of at least {0.5 / size:.3g}.",
             )
 
@@ -257,7 +255,8 @@ class Recipe(Compact):
             scaling = Scaling.EXACT  # the gates sum to 1, so the gain needs no measurement
         if scaling is Scaling.MEASURED and self.scale_split is ScaleSplit.CONFIG:
             raise UpcycleError(
-                "a measured c cannot go into the config.", "Use `scale_split` balanced or down."
+                "`scaling` measured excludes `scale_split` config.",
+                "Use `scale_split` balanced or down.",
             )
         scales_in_config = scales_in_config and scaling is not Scaling.MEASURED
         # With c in the config, experts stay slices of the dense MLP, and nothing can overflow.
@@ -372,7 +371,7 @@ class Growth:
 
 
 def to_recipe(value: Recipe | Growth | str) -> Recipe | Growth:
-    """Return a recipe as it is, or made from the paper's notation; UpcycleError for others."""
+    """Return a recipe, read from the paper's notation if it is text; raises UpcycleError."""
     return value if isinstance(value, Recipe | Growth) else Recipe(str(value))
 
 

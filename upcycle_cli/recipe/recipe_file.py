@@ -90,7 +90,7 @@ def save_config(
             )
     if os.path.lexists(path) and not _is_recipe(path, known):
         raise UpcycleError(
-            f"{path} exists and is not a recipe file, so it is left as it is.", "Name another file."
+            f"{path} exists and is not a recipe file; it is not replaced.", "Name another file."
         )
     try:
         write_whole(path.absolute(), text.encode())
