@@ -33,7 +33,7 @@ _SERVING = {
     "vLLM": ("vllm serve {location}{trust}",),
     "llama.cpp": (
         "hf download {location} --local-dir model",
-        "python convert_hf_to_gguf.py model --outfile model.gguf  # a file of llama.cpp's",
+        "python convert_hf_to_gguf.py model --outfile model.gguf  # in llama.cpp's repository",
         "llama-server --model model.gguf",
     ),
 }
@@ -80,10 +80,10 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
 def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
     """Return the fields of card.md that growth_card.md does not have."""
     ships_code, wrapped = plan.target.ships_code, plan.target.inside is not None
-    experts = "the experts, which are copies now, become different and specialize"
+    experts = "The experts of a layer are copies; training makes them different."
     if plan.merge is not None:
-        experts = "the routers learn which model's experts a token needs"
-    notes = "\n".join(f"Note: {text[0].lower()}{text[1:]}" for text in training_warnings(plan))
+        experts = "Training teaches the routers which model's experts a token needs."
+    notes = [f"\n- Note: {text[0].lower()}{text[1:]}" for text in training_warnings(plan)]
     return {
         "pronoun": "its" if plan.merge is None else "their",
         "experts": experts,
@@ -93,7 +93,7 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
         "reads": "processor" if wrapped else "tokenizer",
         "about_code": _about_code(plan) if ships_code else "",
         "trainers": _trainers(plan),
-        "notes": f"\n\n{notes}" if notes else "",
+        "notes": "".join(notes),
     }
 
 
