@@ -211,10 +211,9 @@ class Reader:
             checkpoint.check_files(file for file in checkpoint.shards if file.name in shards)
 
     def mapped(self, name: str) -> memoryview:
-        """Return a tensor's bytes in the mapped file, whose pages are read on access.
+        """Return a tensor's bytes in the mapped file; UpcycleError for an unsupported dtype.
 
-        Do not write to them, nor use them after the reader is closed. Raises UpcycleError for a
-        dtype that no model is trained in.
+        Do not write to them, or use them after the reader is closed.
         """
         checkpoint, entry = self._find(name)
         if entry.dtype not in TORCH_DTYPES:

@@ -1,8 +1,7 @@
 """The header of a safetensors file: the names, types, shapes and offsets of its tensors.
 
 Format: 8-byte little-endian header length, JSON header, data. Offsets are relative to the data, and
-the tensors follow one another without gaps. The safetensors library reads only whole local files;
-this also reads the headers of remote files, and its errors name the tensor.
+tensors follow one another without gaps. Unlike the safetensors library, this reads remote headers.
 """
 
 from __future__ import annotations

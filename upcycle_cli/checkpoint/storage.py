@@ -1,7 +1,6 @@
 """The files of a checkpoint: their names, how to list and read them, and how to parse JSON.
 
-`Storage` is a local directory; hub/remote_checkpoint.py has a repo on the Hub, whose files are
-downloaded when they are needed.
+`Storage` is a local directory; hub/remote_checkpoint.py has the one for a repo on the Hub.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Requests to the Hub through huggingface_hub: errors in plain words, limits on answers, retries.
 
-`HF_ENDPOINT` can be a mirror, a proxy or a hostile server, and huggingface_hub builds paths in its
-cache from the commit ids and etags that it receives. So its HTTP client gets hooks that check those
-headers and stop a body that does not end.
+`HF_ENDPOINT` can be a hostile server, and huggingface_hub builds paths in its cache from the commit
+ids and etags that it receives. So hooks in its HTTP client check these, and limit each body.
 """
 
 from __future__ import annotations
@@ -39,14 +38,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
 _MAX_TEXT = 10_000
 _ANSWERS: Mapping[int, tuple[str, str]] = {
-    401: (
-        "the Hub refuses the token",
-        "It may have expired: `hf auth login`, or set HF_TOKEN to a new one.",
-    ),
-    403: (
-        "the token does not allow this",
-        "Use a token with the permission (`hf auth login`, HF_TOKEN).",
-    ),
+    401: ("the Hub refuses the token", "Get a new one: `hf auth login`, or set HF_TOKEN."),
+    403: ("the token does not allow this", "Use another one: `hf auth login`, or set HF_TOKEN."),
     429: ("the Hub limits your requests", "Wait some minutes, then try again."),
 }
 SIGN_IN = "Sign in with `hf auth login`, or set HF_TOKEN."
@@ -83,11 +76,16 @@ def http_client() -> Any:  # noqa: ANN401
 def hub_session(repo: str, revision: str | None = None) -> Iterator[None]:
     """Make requests with the hooks in place; turn what huggingface_hub raises into UpcycleError."""
     try:
-        from huggingface_hub import constants, errors, hf_api  # noqa: F401 - reads the variables
+        from huggingface_hub import __version__, constants, errors, hf_api  # noqa: F401 - reads the variables
     except ValueError as error:
         words = f"huggingface_hub does not start: {error}."
         raise UpcycleError(words, "Check the HF_… variables.") from error
-    _check_version(repo)
+    if __version__.startswith("0."):  # it has no httpx, which the hooks need
+        raise UpcycleError(
+            f"models on the Hub need huggingface_hub 1 or newer; {__version__} is installed.",
+            "Upgrade: pip install 'huggingface-hub>=1' 'transformers>=5'. Without it, give a "
+            f"directory: `hf download {repo}` prints one.",
+        )
     invalid_url = http_client().InvalidURL  # not a subclass of HTTPError
     oidc_error = getattr(errors, "OIDCError", OSError)  # new in huggingface_hub 2
     install_hooks()
@@ -112,18 +110,6 @@ def hub_session(repo: str, revision: str | None = None) -> Iterator[None]:
             f"Check the cache ({constants.HF_HUB_CACHE}), HF_TOKEN, HF_ENDPOINT, proxies and "
             "SSL_CERT_FILE, and run the command again; complete files are kept.",
         ) from error
-
-
-def _check_version(repo: str) -> None:
-    """Raise UpcycleError for versions of huggingface_hub without httpx, which have no hooks."""
-    from huggingface_hub import __version__
-
-    if int(__version__.partition(".")[0]) < 1:
-        raise UpcycleError(
-            f"models on the Hub need huggingface_hub 1 or newer; {__version__} is installed.",
-            "Upgrade: pip install 'huggingface-hub>=1' 'transformers>=5'. Without it, give a "
-            f"directory: `hf download {repo}` prints one.",
-        )
 
 
 def not_cached(repo: str, revision: str | None) -> UpcycleError:
@@ -295,10 +281,7 @@ def checked_commit(commit: object) -> str:
 
 
 def retry(request: Callable[[], _T]) -> _T:
-    """Make a request that is safe to repeat, again after a while when the Hub is busy.
-
-    Raises what the last attempt raised. Most methods of HfApi do not retry by themselves.
-    """
+    """Make a request that is safe to repeat, again when the Hub is busy; HfApi rarely retries."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     for wait in _RETRY_WAITS:

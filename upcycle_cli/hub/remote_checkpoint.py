@@ -1,8 +1,7 @@
 """Checkpoints on the Hub that are not downloaded yet.
 
-A repo's config and the headers of its weight files are read first, by range requests, so that every
-error and the needed disk space are known before gigabytes are downloaded. huggingface_hub then
-downloads the needed files into its cache. One commit is used from beginning to end.
+The config and the headers of the weight files are read first, by range requests: errors and the
+needed disk space show before gigabytes are downloaded. All files are from one commit.
 """
 
 from __future__ import annotations

@@ -200,10 +200,9 @@ def _results(report: Report | None) -> str:
 def _about_code(plan: Plan) -> str:
     model_type = plan.source.config["model_type"]
     return (
-        f"\n\ntransformers has no Mixture-of-Experts class for {model_type}, so the model ships "
-        f"one in `{CODE_NAME}`, and `trust_remote_code=True` allows transformers to run it. "
-        f"Everything else is transformers' own {model_type}. `upcycle verify` compares the file "
-        "with the code that upcycle writes."
+        f"\n\ntransformers has no Mixture of Experts for {model_type}, so the model ships its code "
+        f"in `{CODE_NAME}`, which `trust_remote_code=True` lets transformers run. `upcycle verify` "
+        "checks that it is the code that upcycle writes."
     )
 
 
@@ -226,9 +225,9 @@ def _trainers(plan: Plan) -> str:
     ]
     if not found and plan.target.has_balancing_loss:
         where = "model.config.text_config" if plan.target.inside else "model.config"
-        lines = [f"transformers: `{where}.output_router_logits = True` adds the auxiliary loss."]
+        lines = [f"transformers: `{where}.output_router_logits = True` adds the balancing loss."]
     elif not found:
-        lines = ["transformers: it adds no auxiliary loss for this architecture."]
+        lines = ["transformers: it adds no load-balancing loss for this architecture."]
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -1,9 +1,8 @@
 """One conversion by several processes, which torchrun starts on a shared file system.
 
-`torchrun --nnodes … --nproc-per-node … -m upcycle_cli convert …` sets RANK and WORLD_SIZE. Rank 0
-leads: it checks, owns the staging directory, writes what only one process can write, and publishes
-once all have succeeded. Every rank writes its share of the shards. Without torchrun the team is one
-process, and nothing here imports torch.
+torchrun sets RANK and WORLD_SIZE. Rank 0 checks, owns the staging directory, writes the small files
+and publishes once all have succeeded. Every rank writes its share of the shards. Without torchrun
+the team is one process, and nothing here imports torch.
 """
 
 from __future__ import annotations

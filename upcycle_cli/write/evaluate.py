@@ -1,7 +1,7 @@
 """Evaluates the expressions of a plan, with numpy alone.
 
-Importing torch takes longer than converting a small model, so nothing here uses it; the tests
-compare every 16-bit value with torch's arithmetic. Only code that computes imports this module.
+torch takes longer to import than a small model takes to convert, so nothing here uses it; the tests
+compare every 16-bit value with its arithmetic.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ def evaluate(
 ) -> memoryview:
     """Return the bytes of an expression's value; `read` gives a dense tensor's bytes by name.
 
-    `vanished` receives how many nonzero values became zero, too small for the output dtype.
-
-    The result may alias what `read` returned. Raises OverflowInCastError when a finite value does
-    not fit the output dtype, UpcycleError when a router cannot be drawn.
+    `vanished` receives how many nonzero values became zero, too small for the output dtype. The
+    result may alias the bytes of `read`. Raises OverflowInCastError when a finite value does not
+    fit the output dtype, UpcycleError when a router cannot be drawn.
     """
     stretch = ex.contiguous_source(expr)
     if stretch is not None:

@@ -1,12 +1,11 @@
 """Where every byte of an output file goes, and the digests by which a finished file is recognised.
 
 The data starts on a block boundary and tensors of whole blocks come first, so that file systems
-that can share extents (XFS, Btrfs) can share the copies of a shard. The layout depends on the plan
-alone: the files are the same on every file system.
+that can share extents (XFS, Btrfs) can share the copies of a shard. The files are the same on every
+file system.
 
 Each unique part is hashed once, while it is written; a file's digest is computed from these hashes.
-A check reads the whole file, including every copy of a part. XXH3 is as fast as memory and finds
-accidental damage; it does not protect from deliberate changes.
+XXH3 is as fast as memory and finds accidental damage, not deliberate changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Random draws for routers, noise on experts, and reinitialized neurons.
 
 Each draw is a pure function of a seed and the name of a stream. Sums are computed in one fixed
-order, so every processor rounds them the same way. A whole matrix is in memory once; its draws are
-made piece by piece.
+order, so every processor rounds them the same way. Draws are made piece by piece.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ _PIECE_ITEMS = 1 << 16
 def drawn_on(expr: AddNoise | Reinit, values: NDArray[Any]) -> NDArray[Any]:
     """Return the `values` that an expression changes, with its draws.
 
-    Raises OverflowInCastError when a value does not fit the dtype, UpcycleError when the values
-    are not finite.
+    Raises OverflowInCastError for a value that does not fit the dtype, UpcycleError for NaN.
     """
     dtype = type_of(expr).dtype
     # An array that aliases a source file must not be written to.

@@ -1,10 +1,8 @@
 """OUTPUT.partial, the staging directory of a conversion, and the state that is kept in it.
 
 The directory is real, ours, and private (mode 0700), or it is refused; so plain paths are safe
-inside it. Its folder `output` becomes OUTPUT. Beside that folder, a marker says which plan the
-directory belongs to, and a note on each finished shard says how to recognise the shard.
-
-State is never trusted further than the bytes of the weights confirm it.
+inside it. Its folder `output` becomes OUTPUT. Beside that folder, a marker names the plan, and a
+note on each finished shard has its digest, which a later run compares with the bytes.
 """
 
 from __future__ import annotations
