@@ -1,9 +1,10 @@
-"""What programs rely on: JSON by its schema, exit codes without a reader, the examples of docs/."""
+"""What programs and readers rely on: JSON by its schema, the examples and commands of docs/."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,3 +153,30 @@ def test_the_github_actions_job(pipeline: tuple[Hub, dict[str, str]], tmp_path: 
     assert said["Verify what was pushed"].count(": passed") == 3
     for path in (work / "moe").iterdir():
         assert hub.store.files(REPO)[path.name] == path.read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["README.md", "docs/start.md"])
+def test_commands_print_what_the_page_shows(
+    pipeline: tuple[Hub, dict[str, str]], tmp_path: Path, name: str
+) -> None:
+    if name == "README.md":
+        if "SMOLLM2" not in os.environ:
+            pytest.skip("needs SMOLLM2: tests/smollm2.py")
+        (tmp_path / "SmolLM2-135M").symlink_to(os.environ["SMOLLM2"])
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    hub, environment = pipeline
+    page = (ROOT / name).read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"(?s)```console\n(.*?)```", page))
+    for command, shown in re.findall(r"(?m)^\$ (.+)\n((?:(?!\$ ).*\n)*)", blocks):
+        line = command.replace("python ", f"{sys.executable} ").replace("--steps 30", "--steps 2")
+        printed = run_example(["bash", "-c", line], tmp_path, environment | {"COLUMNS": "80"})
+        printed = stable(printed.replace(hub.url, "https://huggingface.co"))
+        parts = [part.strip() for part in stable(shown).split("…")]
+        assert all(part in printed for part in parts), printed
+        assert len(parts) > 1 or parts == [printed]
+
+
+def stable(output: str) -> str:
+    """Mask what differs between machines and runs: rounding errors and commits."""
+    return re.sub(r"\b\d(\.\d+)?e-\d+|\b[0-9a-f]{40}\b", "#", output.strip())
