@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +20,6 @@ from upcycle_cli.recipe.recipe import (
     NeuronOrder,
     Recipe,
     RouterInit,
-    Scaling,
     parse_recipe_name,
 )
 
@@ -165,13 +165,13 @@ def file_of(value: str, names: type[StrEnum]) -> Path | None:
 def to_recipe(moe: MoeOptions, context: typer.Context, *, allow_inexact: bool) -> Recipe | Growth:
     """Return the recipe or the growth; UpcycleError when there is none, or both."""
     if moe.expand is not None:
-        words = "--expand grows an MoE; it takes no"
-        _check_conflicts(context, _WITH_EXPAND, words)
+        _check_conflicts(context, _WITH_EXPAND, "--expand grows an MoE; it takes no")
         return Growth(expand=moe.expand, top_k=moe.top_k, allow_inexact=allow_inexact)
     values: dict[str, Any] = {n.name: getattr(moe, n.name, None) for n in fields(Recipe)}
     values |= _recipe_sizes(context)
     values["routing"] = None if moe.routing == "auto" else moe.routing
-    values["scaling"] = _scaling(moe.scaling)
+    with suppress(ValueError):
+        values["scaling"] = float(moe.scaling)
     values["allow_inexact"] = allow_inexact
     for name, known in (("neuron_order", NeuronOrder), ("router_init", RouterInit)):
         if file_of(values[name], known) is not None:
@@ -261,11 +261,8 @@ def convert_command(context: typer.Context, recipe: str) -> str:
 def _check_conflicts(context: typer.Context, allowed: Sequence[str], words: str) -> None:
     names = [each.name for each in fields(MoeOptions) if each.name not in allowed]
     if given := _given(context, *names):
-        flags = [_flag(name) for name in allowed if name != "expand"]
-        raise UpcycleError(
-            f"{words} {', '.join(map(_flag, given))}.",
-            f"Remove it. {', '.join(flags[:-1])} and {flags[-1]} are allowed.",
-        )
+        able = ", ".join(_flag(name) for name in allowed if name != "expand")
+        raise UpcycleError(f"{words} {', '.join(map(_flag, given))}.", f"It takes {able}.")
 
 
 def _flag(name: str) -> str:
@@ -291,16 +288,6 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
             "Add --recipe E8G1T2 (8 experts, 2 active), or --expand 2 to grow an MoE.",
         )
     return found
-
-
-def _scaling(text: str) -> str | float:
-    if text in set(Scaling):
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        words = f"--scaling '{text}' is not a number, nor one of {', '.join(Scaling)}."
-        raise UpcycleError(words, did_you_mean(text, Scaling)) from None
 
 
 def _count(flag: str, text: str | None) -> int | None:
