@@ -253,7 +253,7 @@ def _no_tokenizer(dense: Path) -> list[str | Path]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (_text(b" \n\n"), ["text.txt", "it is empty"]),
+        (_text(b" \n\n"), ["text.txt", "is empty"]),
         (_text(b"\x00\xff\xfe\x81"), ["text.txt", "not UTF-8"]),
         (_text(b"Too short."), ["text.txt", "too short", "256"]),
         (_text(b"{\n", "text.jsonl"), ["text.jsonl", "line 1 has neither text"]),

@@ -152,7 +152,7 @@ def _more_tokens(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any] | Callable[[Path], object], tuple[str, ...]]] = {
-    "family": ({"model_type": "mistral"}, ("is a mistral, and", "one family")),
+    "family": ({"model_type": "mistral"}, ("is a mistral, but", "one family")),
     "rope": ({"rope_parameters": {"rope_theta": 5e5}}, ("rope_theta is 500000.0", "10000.0")),
     "norm": ({"rms_norm_eps": 1e-3}, ("rms_norm_eps is 0.001",)),
     "heads": ({"num_key_value_heads": 4}, ("shape",)),

@@ -90,7 +90,7 @@ def test_refuse_what_means_something_else_here(tmp_path: Path, content: object, 
 
 def test_refuse_files_without_prompts(tmp_path: Path) -> None:
     for content, words in (
-        (["a"], "no prompts of models"),
+        (["a"], "no prompts for models"),
         ({"b": [1]}, "positive_prompts of b must be a list of texts"),
         ({"b": {"negative_prompts": ["x"]}}, "b has no positive prompts"),
         ({"b": {"positive": ["x"]}}, "'positive'"),
@@ -110,9 +110,9 @@ def test_negative_prompts_change_the_digest(tmp_path: Path) -> None:
     [
         ({"dense": ["x"]}, "E2G1T1", "prompts", "has no prompts for b"),
         ({"dense": ["x"], "b": ["y"], "z": ["z"]}, "E2G1T1", "prompts", "has prompts for z"),
-        ({"dense": ["x"], "b": ["y"]}, "E4G1T1", "prompts", "4 router rows cannot be made"),
-        ({"dense": ["x"], "b": ["y"]}, "E2G1T1", "balanced", "--router-init is balanced"),
-        (None, "E2G1T1", "prompts", "--positive-prompts FILE"),
+        ({"dense": ["x"], "b": ["y"]}, "E4G1T1", "prompts", "4 router rows need as many prompts"),
+        ({"dense": ["x"], "b": ["y"]}, "E2G1T1", "balanced", "`router_init` is balanced"),
+        (None, "E2G1T1", "prompts", "without `positive_prompts`"),
     ],
     ids=str,
 )
@@ -127,5 +127,5 @@ def test_refuse_prompts_that_do_not_fit(
         build_plan(make_recipe(recipe, router_init=init), models[0], inputs=inputs, merge=merge)
     assert words in f"{caught.value.message} {caught.value.hint}"
     if recipe == "E2G1T1" and init == "prompts":
-        with pytest.raises(UpcycleError):  # prompts tell models apart, and there is one
+        with pytest.raises(UpcycleError):  # prompts need several models
             build_plan(make_recipe(recipe, router_init=init), models[0], inputs=inputs)

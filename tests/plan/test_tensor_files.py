@@ -79,10 +79,10 @@ def orders(words: str, **more: torch.Tensor) -> Row:
 @pytest.mark.parametrize(
     ("kind", "shape", "more", "options", "words"),
     [
-        rows("has shape [3, 32]; [4, 32] is needed", shape=(3, 32)),
-        rows("has shape [8, 32]; [4, 32] is needed", shape=(8, 32)),
-        rows("layers.2.router belongs to no layer", _2=torch.eye(4, 32)),
-        rows("layers.1.router belongs to no layer", layers="0", target="qwen2_moe"),
+        rows("has shape [3, 32], not [4, 32]", shape=(3, 32)),
+        rows("has shape [8, 32], not [4, 32]", shape=(8, 32)),
+        rows("layers.2.router belongs to no MoE layer", _2=torch.eye(4, 32)),
+        rows("layers.1.router belongs to no MoE layer", layers="0", target="qwen2_moe"),
         rows("layers.1.router has equal rows", _1=torch.ones(4, 32)),
         # Rows that are equal, or zero, once they are rounded to the dtype of the model.
         rows("layers.1.router, as bfloat16, has equal rows", _1=NEAR, dtype="bfloat16"),
@@ -91,16 +91,16 @@ def orders(words: str, **more: torch.Tensor) -> Row:
         rows("not finite", _1=torch.eye(4, 32) * torch.nan),
         rows("zeros", _1=torch.eye(4, 32) * torch.arange(4.0)[:, None]),
         rows("is I32 of shape [4]", _1=torch.ones(4, dtype=torch.int32)),
-        orders("does not name each neuron", _0=torch.cat([EVEN[:1], EVEN[:1], EVEN[2:]])),
-        orders("does not name each neuron", _0=EVEN + 1),
-        orders("does not name each neuron", _0=EVEN - 1),
+        orders("is not a permutation", _0=torch.cat([EVEN[:1], EVEN[:1], EVEN[2:]])),
+        orders("is not a permutation", _0=EVEN + 1),
+        orders("is not a permutation", _0=EVEN - 1),
         orders("layers.0.neuron_order, group 1", _0=torch.stack([EVEN, EVEN * 0])),
         orders("F32", _0=EVEN.float()),
         orders("shape [0]", _0=EVEN[:0]),
         orders("lacks layers.1.neuron_order", _1=torch.zeros(1, 1, 1)),  # is left out
-        orders("layers.2.neuron_order belongs to no layer", _2=EVEN),
-        orders("has shape [2, 48]; [48] or [4, 48]", _0=torch.stack([EVEN, EVEN])),
-        orders("has shape [9]; [48] or [4, 48]", _0=torch.arange(9)),
+        orders("layers.2.neuron_order belongs to no MoE layer", _2=EVEN),
+        orders("has shape [2, 48], not [48] or [4, 48]", _0=torch.stack([EVEN, EVEN])),
+        orders("has shape [9], not [48] or [4, 48]", _0=torch.arange(9)),
     ],
     ids=str,
 )

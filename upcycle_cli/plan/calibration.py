@@ -20,19 +20,19 @@ _SHOWN_DIGITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStatistics:
-    """How a layer's router treats the text; without virtual groups, each expert is a group."""
+    """How a layer's router routes the text; without virtual groups, each expert is a group."""
 
     layer: int
     mean_share: float
-    """The share of the MLP input's squares that lies in its mean, which all tokens share."""
+    """The share of the MLP input's energy that lies in its mean over all tokens."""
     logit_std: float
     """The standard deviation of a group's logit over the tokens, averaged over the groups."""
     logit_spread: float
-    """The standard deviation of the groups' mean logits, which no token changes."""
+    """The standard deviation of the groups' mean logits."""
     load_cv: float
     """The coefficient of variation of the groups' loads."""
     idle: int
-    """How many groups no token chooses."""
+    """The number of groups that no token chooses."""
     gates: float
     """The sum of a token's chosen gates under softmax over all experts, averaged over tokens."""
 
@@ -91,7 +91,7 @@ class Calibration:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read what `to_bytes` made; ValueError, KeyError or TypeError for anything else."""
+        """Read the output of `to_bytes`; ValueError, KeyError or TypeError for anything else."""
         import numpy as np
 
         found, layers = json.loads(data), {}

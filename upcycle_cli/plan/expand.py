@@ -34,10 +34,10 @@ _ALWAYS = (_EMBEDDING, "model.norm.weight")
 
 
 def build_growth(growth: Growth, source: Checkpoint, options: Options | None = None) -> Plan:
-    """Plan the growth of an MoE, from its headers.
+    """Plan the growth of an MoE from its headers.
 
-    Raises UpcycleError when it cannot be grown, when its tensors are not what its config says, or
-    when the result would be inexact and `growth` does not allow that.
+    Raises UpcycleError for an MoE that cannot be grown, for tensors that do not match the config,
+    and for an inexact result, unless `growth` allows it.
     """
     options, target = options or Options(), growable(source.config, source.tensors)
     refuse_unsafe_settings(source)
@@ -85,8 +85,8 @@ def _check_sizes(growth: Growth, experts: Experts, num_experts: int, top_k: int)
         )
     if top_k != exact and not growth.allow_inexact:
         raise UpcycleError(
-            f"top-k {top_k} is not {k} times the source's {experts.top_k}: a token would not get "
-            "all copies of the experts that it gets there, so the outputs would differ.",
+            f"top-k {top_k} is not {k} times the source's {experts.top_k}, so a token would miss "
+            "some copies of its experts, and the outputs would differ.",
             f"Leave out `top_k` to use {exact}, or pass `allow_inexact=True` to convert anyway.",
         )
 
@@ -117,7 +117,7 @@ class _Grower:
     """Of the output."""
 
     def tensors(self) -> Iterator[OutputTensor]:
-        """Yield every tensor of the output; UpcycleError when the source's are not as expected."""
+        """Yield every tensor of the output; UpcycleError if the source has unexpected tensors."""
         source, target = self.experts.moe, self.experts.target
         layer_of = layer_finder(target.layer)
         by_layer: dict[int | None, list[str]] = {}
@@ -140,7 +140,7 @@ class _Grower:
         return self.experts.target.layouts[self.experts.layout]
 
     def _growing(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Return the tensors of a layer that grow, with the shapes that they must have."""
+        """Return the tensors of a layer that grow, with their required shapes."""
         experts, prefix = self.experts, self.experts.target.prefix(layer)
         router = prefix + self._held.router
         # Multi-token prediction layers come after the layers that the config counts.
@@ -172,7 +172,7 @@ class _Grower:
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, grows in growing.items():
             prefix = target.prefix(layer)
-            # What lies beside the weights of experts, such as their scales, could change the model.
+            # Unknown tensors beside the experts' weights, such as scales, could change the model.
             beside = tuple(re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in grows)
             own = {name for name in by_layer.get(layer, ()) if not name.startswith(beside)}
             kind = layer in experts.layers if layer < experts.num_layers else layer
@@ -203,7 +203,7 @@ class _Grower:
                 yield OutputTensor.of(name, expr, Role.EXPERT, layer, e, weight.parts)
 
     def _expert(self, layer: int, weight: Weight, expert: int) -> Expr:
-        """Return one expert of the source as a weight of the output holds it."""
+        """Return one expert of the source in the form of an output weight."""
         parts, size = [], self.experts.expert_size
         for part in weight.parts:
             found = locate(self._held.experts, part, width=size, expert=expert)

@@ -256,7 +256,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             for other in others:
                 if other.dtype != first.dtype:
                     raise UpcycleError(
-                        f"matrices of {first.dtype} and {other.dtype} would be joined in a tensor.",
+                        f"one tensor cannot hold matrices of {first.dtype} and {other.dtype}.",
                         "Choose one with `dtype`, or use `expert_layout` per-expert.",
                     )
             if isinstance(expr, Stack):
@@ -289,7 +289,7 @@ def num_bytes(expr: Expr) -> int:
 
 
 def contiguous_source(expr: Expr) -> tuple[str, int, int] | None:
-    """Return the source tensor that holds an expression's bytes in one piece, and their range."""
+    """Return the source tensor and the byte range that hold an expression's value; else None."""
     match expr:
         case Source(name):
             return name, 0, num_bytes(expr)
@@ -317,7 +317,7 @@ def leaves(expr: Expr) -> Iterator[Expr]:
 
 
 def gather_input(expr: Expr) -> Expr | None:
-    """Return the rows that an expression gathers columns from, cast and scaled; else None."""
+    """Return the rows, cast and scaled, from which an expression gathers columns; else None."""
     match expr:
         case Gather(of, 1, order, _, _, offset):
             return Slice(of, 1, offset, offset + order.size)
@@ -329,7 +329,7 @@ def gather_input(expr: Expr) -> Expr | None:
 
 
 def operands(expr: Expr) -> tuple[Expr, ...]:
-    """Return the expressions that one is made of."""
+    """Return the direct inputs of an expression."""
     match expr:
         case Source() | Constant() | Full():
             return ()
@@ -366,7 +366,7 @@ def loses_bits(expr: Expr) -> bool:
 
 
 def describe(expr: Expr) -> str:
-    """Return an expression in the notation of a formula, the operation's name before its values."""
+    """Return an expression as a formula, such as `concat(a, b)`."""
     match expr:
         case Source(name):
             return name

@@ -1,4 +1,4 @@
-"""A plan in words: the rows that the table and the model card show."""
+"""Describes a plan in rows, for the table and the model card."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 
 _ORDERS = {
     NeuronOrder.SHUFFLED: "shuffled in each virtual group but the first, exact",
-    NeuronOrder.CLUSTERED: "clustered by common activity, the same in each virtual group, exact",
-    NeuronOrder.FILE: "permuted as the given file says, exact",
+    NeuronOrder.CLUSTERED: "clustered by common activity, alike in each virtual group, exact",
+    NeuronOrder.FILE: "permuted by the given file, exact",
 }
 
 
 def facts(plan: Plan) -> dict[str, str]:
-    """Return what a plan makes, a property a row, in the order to show them."""
+    """Return the properties of a plan in words, in the order to show them."""
     grown = plan.growing
     found = dict(_experts_of_growth(plan, grown) if grown else _experts_of_recipe(plan))
     if len(plan.layers) < plan.num_layers:
@@ -49,7 +49,7 @@ def plan_rows(plan: Plan) -> list[Row]:
 
 
 def _experts_of_growth(plan: Plan, growing: Growing) -> Iterator[tuple[str, str]]:
-    yield "model", f"{plan.target.title}, each expert {growing.expand} times"
+    yield "model", f"{plan.target.title}, each expert duplicated {growing.expand} times"
     experts = f"{growing.source_num_experts} → {plan.num_experts} per layer"
     active = f"{growing.source_top_k} → {plan.top_k} active, {plan.routing}"
     yield "experts", f"{experts}, {active}, each {plan.expert_size} wide"
@@ -71,7 +71,7 @@ def _experts_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _groups(plan: Plan, merge: Merge) -> str:
-    """Say which virtual groups come from which model."""
+    """Return which virtual groups come from which model."""
     groups = merge.of_groups(plan.recipe.expansion)
     return "groups " + "; ".join(
         f"of {source.name}: {', '.join(str(g) for g, model in enumerate(groups) if model == n)}"
@@ -110,7 +110,7 @@ def _router(plan: Plan) -> str:
         idle = sum(layer.idle for layer in layers)
         words += f" ({found.tokens} tokens: load varies by {cv:.2f}, {idle} never chosen)"
     if not recipe.virtual_groups:
-        return f"{words}, a row of its own per expert"
+        return f"{words}, one row per expert"
     return f"{words}, {counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"
 
 

@@ -1,4 +1,4 @@
-"""What a recipe needs beside the source: a text, prompts, router rows, orders of neurons."""
+"""The inputs of a recipe beside the source: a text, prompts, router rows, neuron orders."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The text or prompts, the router rows and the orders of neurons, as the user gave them."""
+    """The text or prompts, the router rows and the neuron orders that the user gave."""
 
     text: CalibrationText | Prompts | None = None
     rows: TensorFile | None = None
     orders: TensorFile | None = None
     complete: bool = True
-    """False if some may be missing: their values stay unbound, until verify reads them."""
+    """False if some may be missing: verify then reads their values from the output."""
 
     @property
     def text_digest(self) -> str:
-        """Identify the text or the prompts; "" where they are missing."""
+        """The digest of the text or the prompts; "" without any."""
         return "" if self.text is None else self.text.digest
 
     @classmethod
@@ -39,7 +39,7 @@ class Inputs:
     ) -> Self:
         """Read a text (a file, or `builtin`) and files; UpcycleError if one is unreadable."""
         if calibration is not None and prompts is not None:
-            words = "prompts and a text for a calibration are two texts."
+            words = "`positive_prompts` and `calibration` exclude each other."
             raise UpcycleError(words, "Leave one out.")
         text = None if prompts is None else read_prompts(Path(prompts))
         return cls(
@@ -51,10 +51,10 @@ class Inputs:
     def for_recipe(
         self, recipe: Recipe, layers: Collection[int], *, width: int, hidden: int
     ) -> Inputs:
-        """Return the inputs of a resolved recipe, with the built-in text where it needs a text.
+        """Return the inputs of a resolved recipe, with the built-in text if it needs one.
 
-        Raises UpcycleError where the recipe needs an input that is missing, or the reverse, and
-        where a file does not fit the layers, I = `width` and H = `hidden`.
+        Raises UpcycleError for a missing or superfluous input, and for a file that does not fit the
+        layers, I = `width` and H = `hidden`.
         """
         prompts = self.text if isinstance(self.text, Prompts) else None
         init, order = recipe.router_init, recipe.neuron_order

@@ -1,9 +1,8 @@
 """Several dense models in one MoE, and the request that names them.
 
-Model 0, the source of the conversion, gives the config, the tokenizer and, unless the mean of all
-models is taken, every weight outside the experts. Only the weights of the models may differ. An
-expression names the source's tensors by their own names, and those of the other models by
-`tensor_of`.
+Model 0, the source of the conversion, gives the config and the tokenizer. The weights outside the
+experts come from it, or are the mean of all models. The models may differ only in their weights.
+In expressions the source's tensors keep their names; `tensor_of` names the other models' tensors.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ _IGNORED_KEYS = {
     *("use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "resid_pdrop"),
     *("embd_pdrop", "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"),
 }
-"""Keys that a forward pass does not read, and rope_parameters, which rope_theta and rope_scaling
-state too."""
+"""Keys that no forward pass reads; rope_parameters repeats rope_theta and rope_scaling."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 """Files that define the tokens; the first is enough."""
 
@@ -49,22 +47,18 @@ class NonExpertWeights(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """The models beside the source, and the model of each virtual group, repeated in a cycle.
-
-    Model 0 is the source.
-    """
+    """The other models, and the models that take turns with the virtual groups; 0 is the source."""
 
     others: tuple[Checkpoint, ...]
     cycle: tuple[int, ...]
     rest: NonExpertWeights = NonExpertWeights.FIRST
 
     def of_groups(self, expansion: int) -> tuple[int, ...]:
-        """Return the model of each virtual group; UpcycleError where the cycle does not fit."""
+        """Return the model of each virtual group; UpcycleError if the cycle does not fit."""
         count = len(self.cycle)
         if expansion % count:
             raise UpcycleError(
-                f"expansion {expansion} is not a multiple of the {count} models that give experts, "
-                "so some would give more than others.",
+                f"expansion {expansion} is not a multiple of the {count} models that give experts.",
                 f"Use an expansion of {count} or {2 * count}.",
             )
         return self.cycle * (expansion // count)
@@ -74,8 +68,8 @@ class Merge:
         self.of_groups(recipe.expansion)
         if recipe.shared_experts or recipe.perturbed:
             raise UpcycleError(
-                "several models have no neurons in common, and their experts differ already.",
-                "Leave out `shared_experts`, `noise` and `reinit`, or `experts_from`.",
+                "`shared_experts`, `noise` and `reinit` need a single dense model.",
+                "Leave them out, or leave out `experts_from`.",
             )
 
 
@@ -84,9 +78,8 @@ def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
     first, *others = (read_card_metadata(source.path) for source in sources)
     license_of = first.values.get("license")
     notes = tuple(
-        f"{model.name} is under the licence {found or 'that its card does not name'}, and "
-        f"{sources[0].name} under {license_of or 'one that its card does not name'}: the new card "
-        "names none; see what each asks for."
+        f"{model.name} has the licence {found or '(unknown)'}, but {sources[0].name} has "
+        f"{license_of or '(unknown)'}. The new card names none: check what each requires."
         for model, other in zip(sources[1:], others, strict=True)
         if (found := other.values.get("license")) != license_of
     )
@@ -98,10 +91,10 @@ def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
-    """Other models whose MLPs become experts: directories, or repos as REPO or REPO@REVISION.
+    """Other models to make experts from: directories, or repos as REPO or REPO@REVISION.
 
-    With `source_too` the source makes the first experts; without it, only the named models do, and
-    the source can be one of them.
+    With `source_too` the first experts come from the source. Without it, all experts come from the
+    named models, which may include the source.
     """
 
     experts_from: Path | str | Sequence[Path | str]
@@ -112,9 +105,9 @@ class MergeRequest:
         object.__setattr__(self, "rest", member(NonExpertWeights, self.rest, "rest"))
 
     def open(self, source: Checkpoint) -> Merge | None:
-        """Open the models; None if all are the source. UpcycleError if one does not fit it.
+        """Open the models; None if all are the source.
 
-        Each must be whole, of the same family, with the same settings, tensors and tokens.
+        Raises UpcycleError for a model with another family, other settings, tensors or tokens.
         """
         models, cycle = [source], [0] * self.source_too
         for place in listed(self.experts_from):
@@ -134,8 +127,8 @@ def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) 
     found = dense_model(other.config, other.tensors)
     if found.family.title != dense.family.title:
         raise UpcycleError(
-            f"{other.path} is a {found.family.title}, and {source.path} a {dense.family.title}.",
-            "Only models of one family can give experts to one mixture.",
+            f"{other.path} is a {found.family.title}, but {source.path} a {dense.family.title}.",
+            "All models must be of one family.",
         )
     refuse_unsafe_settings(
         other, ignore_code=found.family.has_obsolete_code, parts=nested_configs(other.config)
@@ -150,10 +143,9 @@ def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) 
             one, two = here.get(key, "missing"), there.get(key, "missing")
             if one != two:
                 raise UpcycleError(
-                    f"{what}{printable(key)} is {shown(two)} in {other.path}, and {shown(one)} in "
+                    f"{what}{printable(key)} is {shown(two)} in {other.path}, but {shown(one)} in "
                     f"{source.path}.",
-                    "Only models that differ in nothing but their weights can give experts to one "
-                    "mixture: all compute by one config.",
+                    "The models may differ in their weights only, since they share one config.",
                 )
 
 
@@ -184,4 +176,4 @@ def _tokens(model: Checkpoint, files: Sequence[str]) -> dict[str, object]:
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         return {**vocabulary, **added, "merges of tokens": content["model"].get("merges")}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UpcycleError(f"{model.path / _TOKENIZERS[0]} describes no tokenizer.") from error
+        raise UpcycleError(f"{model.path / _TOKENIZERS[0]} is not a valid tokenizer.") from error

@@ -12,7 +12,7 @@ from upcycle_cli.plan.texts import place_of, read_yaml
 _KNOWN = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "architecture")
 _EXPERT = ("source_model", "positive_prompts", "negative_prompts")
 _NEUTRAL = {"shared_experts": [], "noise_scale": 0, "residual_scale": 1}
-"""Values of keys that are not read, with which they change nothing."""
+"""Unsupported keys, with the values that change nothing."""
 Value = str | bool | list[str]
 _UNIFORM_STD = 1 / math.sqrt(3)
 """The logit std of rows uniform in ±1/√H, on inputs of root mean square 1."""
@@ -80,7 +80,7 @@ def _expert(path: Path, key: str, expert: object) -> str:
 def _check_keys(path: Path, given: dict[Any, Any], known: tuple[str, ...], at: str = "") -> None:
     for key, value in given.items():
         if key not in known and value is not None and value != _NEUTRAL.get(key):
-            raise _refused(path, f"{at}{key}", "is a setting that upcycle does not read")
+            raise _refused(path, f"{at}{key}", "is not supported")
 
 
 def _refused(path: Path, key: str, why: str) -> UpcycleError:

@@ -1,4 +1,4 @@
-"""The output: its tensors, the files that hold them, and the options that decide their form."""
+"""The output: its tensors, its files, and the options for both."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def fill_shards(tensors: Sequence[OutputTensor], max_bytes: int) -> tuple[Shard,
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The form of the output's files, beside the recipe."""
+    """How the output is stored."""
 
     dtype: str | None = None
     """bfloat16, float16 or float32 for every tensor, or None to keep the dtype of each."""
@@ -106,7 +106,7 @@ class Options:
             )
         if self.max_shard_bytes < 1:
             size = self.max_shard_bytes
-            raise UpcycleError(f"the largest shard size must be positive, not {size}.")
+            raise UpcycleError(f"the size of shards must be positive, not {size}.")
 
     @property
     def storage_dtype(self) -> str | None:

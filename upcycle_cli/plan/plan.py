@@ -1,7 +1,6 @@
-"""The plan: every file that will be written, and the facts that the record and the card state.
+"""The plan: every file that will be written, and the facts for the record and the card.
 
-There are two ways to decide one: `build_plan` upcycles a dense model, or several, and
-`build_growth` expands an MoE. Whoever writes, compares or describes a plan treats both alike.
+`build_plan` upcycles dense models and `build_growth` expands an MoE; both return a `Plan`.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.calibration import Calibration, LayerFound
 
 _EXPRESSIONS_VERSION = 2
-"""Increased whenever an expression comes to mean other bytes: 2 since numpy draws routers."""
+"""Increased whenever the same expression gives other bytes: 2 since numpy draws routers."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Upcycling(Compact):
-    """How experts are made of dense MLPs."""
+    """How dense MLPs become experts."""
 
     recipe: Recipe
-    """Resolved: nothing is left to the target's defaults."""
+    """Resolved, with the target's defaults filled in."""
     family: Family
     factors: Factors
     """What the expert matrices are multiplied by."""
@@ -59,7 +58,7 @@ class Growing:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Compact):
-    """Everything that will be written, decided before the first byte of it."""
+    """Everything that will be written, decided before the first byte."""
 
     options: Options
     source: Checkpoint
@@ -91,7 +90,7 @@ class Plan(Compact):
     dropped: Mapping[str, str] = field(default_factory=dict)
     """Source tensors that are not used, each with the reason."""
     calibration: Calibration | None = None
-    """What the dense model's run on the text found, once it has run."""
+    """The results of the calibration, once it has run."""
     bound_digest: str | None = None
     """The digest before a calibration was bound to the plan."""
 
@@ -124,28 +123,28 @@ class Plan(Compact):
     @cached_property
     def _promised(self) -> tuple[Promise, str]:
         if self.merge is not None:
-            words = "its experts are made of several models, which compute different functions"
+            words = "its experts come from several models, which compute different functions"
             return Promise.NONE, words
         if isinstance(self.method, Upcycling):
             return self.recipe.promise(self.factors, self.family.dense.mlp_kind)
         exact = self.method.expand * self.method.source_top_k
         if self.top_k == exact:
             return Promise.EXACT, ""
-        words = f"top-k is {self.top_k}, and only {exact} picks all copies of the same experts"
+        words = f"top-k is {self.top_k}, but only {exact} chooses all copies of the same experts"
         return Promise.NONE, words
 
     @property
     def promise(self) -> Promise:
-        """What the output owes its source."""
+        """The guaranteed equality with the source."""
         return self._promised[0]
 
     @property
     def why_no_promise(self) -> str:
-        """Why the promise is none; "" where the output owes its source something."""
+        """Why no equality is guaranteed; "" if one is."""
         return self._promised[1]
 
     def found(self, layer: int) -> LayerFound | None:
-        """Return what the calibration found for a layer, once it has run."""
+        """Return the results of the calibration for a layer, once it has run."""
         return None if self.calibration is None else self.calibration.layers[layer]
 
     @property
@@ -159,7 +158,7 @@ class Plan(Compact):
         return merged_card_metadata(self.sources)
 
     def with_sources(self, sources: Sequence[Checkpoint]) -> Plan:
-        """Return the same plan for the same sources at another place."""
+        """Return the same plan for copies of the sources elsewhere."""
         source, *others = sources
         merge = self.merge and replace(self.merge, others=tuple(others))
         return replace(self, source=source, merge=merge)
@@ -170,12 +169,12 @@ class Plan(Compact):
         return self.sources[model].tensors[own]
 
     def reader(self) -> AbstractContextManager[Reader]:
-        """Map the sources' files as they are asked for, by the names that expressions use."""
+        """Open the sources' files; the reader takes the names that expressions use."""
         return open_reader(self.sources)
 
     @property
     def how(self) -> dict[str, Any]:
-        """How the output is made, as the record states it in JSON values."""
+        """How the output is made, in JSON values for the record."""
         if isinstance(self.method, Growing):
             made = {"top_k": self.top_k, "routing": self.routing}
             return {"growth": {**asdict(self.method), **made}}
@@ -205,7 +204,7 @@ class Plan(Compact):
 
     @property
     def code(self) -> str | None:
-        """The modeling code that is shipped with the output, if any is."""
+        """The modeling code to ship with the output, if any."""
         if not self.target.ships_code:
             return None
         row = self.family.dense.family
@@ -237,7 +236,7 @@ class Plan(Compact):
 
     @cached_property
     def active_parameters(self) -> int:
-        """Parameters that one token uses: all but those of the experts that it does not choose."""
+        """Parameters that one token uses: all except the experts that it does not choose."""
         experts = sum(t.num_elements for t in self.tensors if t.role is Role.EXPERT)
         idle = self.num_experts - self.top_k
         return self.total_parameters - experts // self.num_experts * idle
@@ -280,14 +279,14 @@ class Plan(Compact):
 
     @property
     def rounded_parts(self) -> tuple[str, ...]:
-        """The parts of an expert that scaling rounds: their factor is not a power of two."""
+        """The parts of an expert that scaling rounds, since their factor is no power of two."""
         held = {part for t in self.tensors if t.role is Role.EXPERT for part in t.parts}
         scaled = () if self.growing else sorted(held)
         return tuple(part for part in scaled if not is_power_of_two(self.factors.of(part)))
 
     @cached_property
     def rounded_to(self) -> str | None:
-        """The dtype that source weights are rounded to, or None when they keep every bit."""
+        """The dtype that source weights are rounded to; None if they keep every bit."""
         # Copies share one expression, which is looked at once.
         for tensor in {id(tensor.expr): tensor for tensor in self.tensors}.values():
             if tensor.role is not Role.ADDED and loses_bits(tensor.expr):
@@ -301,7 +300,7 @@ class Plan(Compact):
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """What each inference engine makes of this output."""
+        """What is known of each inference engine and this output."""
         return engines_of(
             self.target,
             self.config,
@@ -315,9 +314,9 @@ class Plan(Compact):
     def digest(self) -> str:
         """Identify the output: equal digests mean equal files.
 
-        It covers each source file's size and modification time, since headers alone cannot tell
-        two models of one shape apart; of a commit on the Hub it covers the commit. A calibration's
-        results follow from its text, so the digest is known before the calibration runs.
+        It covers the size and modification time of each source file, or the commit on the Hub,
+        since models of one shape have equal headers. It covers a calibration's text rather than the
+        results, so it is known before the calibration runs.
         """
         if self.bound_digest is not None:
             return self.bound_digest

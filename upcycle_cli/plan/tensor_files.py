@@ -31,14 +31,14 @@ _INTEGERS = {"I32": "<i4", "U32": "<u4", "I64": "<i8"}
 
 @dataclass(frozen=True, kw_only=True)
 class FileKind:
-    """What the tensors of a file are."""
+    """What a file of tensors contains."""
 
     name: str
-    """The end of the tensors' names."""
+    """The last part of the tensors' names."""
     dtypes: Collection[str]
     dims: tuple[int, ...]
     needed: str
-    """What the tensor of a layer is."""
+    """The meaning of a layer's tensor, for messages."""
 
 
 ROUTER_ROWS = FileKind(
@@ -61,15 +61,15 @@ def router_stream(layer: int) -> str:
 
 
 def flaw_of(rows_EH: NDArray[np.float32]) -> str | None:
-    """Return what makes the rows of a router unusable, None where nothing does."""
+    """Return why router rows are unusable; None if they are usable."""
     import numpy as np
 
     if not np.isfinite(rows_EH).all():
         return "holds values that are not finite"
     if not rows_EH.any(axis=1).all():
-        return "has a row of zeros: no logit would tell its experts apart"
+        return "has a row of zeros, so a logit would always be 0"
     if len(np.unique(rows_EH, axis=0)) < len(rows_EH):
-        return "has equal rows: their experts would be chosen together, or one by chance"
+        return "has equal rows, so their experts would have equal logits"
     return None
 
 
@@ -104,12 +104,12 @@ class TensorFile:
         for name, tensor in self.tensors.items():
             if name not in names:
                 raise UpcycleError(
-                    f"{self.path}: {name} belongs to no layer that becomes a mixture of experts.",
-                    "Take it out, or choose other `layers`.",
+                    f"{self.path}: {name} belongs to no MoE layer.",
+                    "Remove it, or choose other `layers`.",
                 )
             if tensor.shape not in shapes:
                 able = " or ".join(str([*shape]) for shape in shapes)
-                words = f"{name} has shape {[*tensor.shape]}; {able} is needed: {self.kind.needed}"
+                words = f"{name} has shape {[*tensor.shape]}, not {able}: {self.kind.needed}"
                 raise UpcycleError(f"{self.path}: {words}.")
 
     def check_shared(self, width: int) -> None:
@@ -118,9 +118,9 @@ class TensorFile:
             whole = 4 * self.tensors[name].shape[-1]
             if len({data[at : at + 4 * width] for at in range(0, len(data), whole)}) > 1:
                 raise UpcycleError(
-                    f"{self.path}: the orders of {name} differ in their first {width} places, "
-                    "which are the shared expert's.",
-                    "Begin the orders of all groups alike, or leave out `shared_experts`.",
+                    f"{self.path}: the orders of {name} differ in the first {width} neurons, which "
+                    "form the shared expert.",
+                    "Use the same first neurons for all groups, or leave out `shared_experts`.",
                 )
 
     def router_rows(self, layer: int, dtype: str) -> Constant:
@@ -156,7 +156,7 @@ class TensorFile:
 
 
 def read_tensor_file(path: Path, kind: FileKind) -> TensorFile:
-    """Read a file; UpcycleError when it is unreadable or its tensors are of another kind."""
+    """Read a file; UpcycleError if it is unreadable or has tensors of another kind."""
     storage, tensors, data = Storage(path.parent), dict[str, Tensor](), dict[str, bytes]()
     for entry in read_shard_header(storage, path.name)[1]:
         is_named = re.fullmatch(rf"layers\.\d+\.{kind.name}", entry.name)
@@ -187,6 +187,6 @@ def _permutations(path: Path, tensor: Tensor, data: bytes) -> bytes:
         if (np.sort(order_I) != np.arange(size)).any():
             which = f", group {group}" if len(tensor.shape) == 2 else ""
             raise UpcycleError(
-                f"{path}: {tensor.name}{which} does not name each neuron from 0 to {size - 1} once."
+                f"{path}: {tensor.name}{which} is not a permutation of 0 to {size - 1}."
             )
     return orders_EI.astype("<u4").tobytes()

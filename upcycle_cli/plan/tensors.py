@@ -1,19 +1,18 @@
 """The tensors of an upcycled model, and the expression that makes each.
 
 Expert e = g·G + s holds shard s of virtual group g: the neurons [s·I/G, (s+1)·I/G) of the dense
-MLP, in the order that the group has for them, in every part of the MLP. With K shared experts the
-first K shards become one expert for every token, the same for all groups, and the routed experts
-are e = g·(G − K) + s − K. Everything else is copied. The targets add the shared expert's output
-without a router's gate, or halve it by a gate of its own, so it is not scaled as they are.
+MLP, in the group's order, in every part of the MLP. With K shared experts the first K shards become
+one expert for every token, the same for all groups, and the routed experts are
+e = g·(G − K) + s − K. Targets add the shared expert's output without a gate, or with a gate of 1/2,
+so it is scaled differently. Everything else is copied.
 
-Of several models, the source gives everything but experts (or all models give the mean), and
-each virtual group is made of one model's MLP.
+In a merge each virtual group comes from one model; everything else comes from the source or is the
+mean of all models.
 
-Every perturbed expert draws for itself, so that all N differ, copies of one shard too. Noise is
-relative to the standard deviation of the expert's own matrix; biases get none. A neuron that is
-initialised again is its row of gate and of up, its column of down and its entries of their biases,
-the same neurons in all parts; each part keeps the mean and standard deviation of the values that it
-replaces (Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
+Each perturbed expert draws its own random numbers, so copies of a shard differ. Noise is relative
+to the standard deviation of the expert's matrix; biases get none. Reinitializing a neuron replaces
+its row of gate and up, its column of down and its biases; each part keeps its mean and standard
+deviation (Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 _SAMPLE_ROWS = 16  # enough rows of a matrix to tell its scale
 _HALF_LOGIT_STD = 1e-9
-"""The logit std of a gate of 1/2: float32 rounds the gate to 1/2, and llama.cpp, which divides by
-the logit, needs one other than 0."""
+"""The logit std for a gate of 1/2: float32 rounds the gate to 1/2, and llama.cpp divides by the
+logit, so it must not be 0."""
 
 
 class VirtualGroup(NamedTuple):
@@ -60,8 +59,8 @@ class TensorMaker:
     def tensors(self) -> Iterator[OutputTensor]:
         """Yield every output tensor in the order in which they are written.
 
-        Raises UpcycleError when matrices of different dtypes would be joined, and for router rows
-        of a file that cannot be used.
+        Raises UpcycleError for matrices of different dtypes in one tensor, and for unusable router
+        rows of a file.
         """
         plan, dense, target = self._plan, self._dense, self._target
         embedding = dense.family.embedding
@@ -123,7 +122,7 @@ class TensorMaker:
         if stored.dtype != first.dtype and self._options.dtype is None:
             one, other = self._plan.source, self._plan.sources[of.model]
             raise UpcycleError(
-                f"{name} is {stored.dtype} in {other.path}, and {first.dtype} in {one.path}.",
+                f"{name} is {stored.dtype} in {other.path}, but {first.dtype} in {one.path}.",
                 "Choose one with `dtype`.",
             )
         dim, width = found.split_dim, found.stop - found.start
@@ -152,7 +151,7 @@ class TensorMaker:
     # Tensors outside the experts -----------------------------------------------------------------
 
     def _copied(self, name: str, layer: int | None = None) -> Iterator[OutputTensor]:
-        """Yield a tensor under its new name, or the several tensors that hold its rows."""
+        """Yield a tensor under its new name, or the tensors that its rows are split into."""
         family, dense = self._plan.family, self._dense
         own_name = name if layer is None else name.removeprefix(dense.prefix(layer))
         if layer is None or own_name not in family.pieces:
@@ -170,7 +169,7 @@ class TensorMaker:
             start = stop
 
     def _zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
-        """Yield the biases that the target's architecture has and the source lacks."""
+        """Yield the biases that the target needs and the source lacks."""
         for linear in self._target.required_biases:
             name = self._target.prefix(layer) + linear
             if f"{name}.bias" not in names:
@@ -179,7 +178,7 @@ class TensorMaker:
                 yield OutputTensor.of(f"{name}.bias", bias, Role.ZERO_BIAS, layer)
 
     def _added(self, layer: int) -> Iterator[tuple[str, ex.Expr]]:
-        """Yield what the target's row adds to a layer: a constant, or a scaled dense tensor."""
+        """Yield the target's extra tensors of a layer: constants, or scaled dense tensors."""
         for row in self._target.extra_tensors:
             value = row.value(self._dense.values)
             if row.of is None:
@@ -191,7 +190,7 @@ class TensorMaker:
     # Mixtures of experts --------------------------------------------------------------------------
 
     def _mixture(self, layer: int) -> Iterator[OutputTensor]:
-        """Yield the tensors that a dense MLP becomes."""
+        """Yield the tensors that replace a dense MLP."""
         target, layout, recipe = self._target, self._layout, self._recipe
         prefix = target.prefix(layer)
         yield OutputTensor.of(prefix + layout.router, self._router(layer), Role.ROUTER, layer)

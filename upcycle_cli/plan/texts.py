@@ -1,7 +1,7 @@
-"""The texts and prompts that a model is run on, as files hold them, and their digests.
+"""The texts and prompts to run models on: reading them from files, and their digests.
 
-A file of prompts is YAML or JSON and maps each model of a merge to its prompts, from whose hidden
-states router rows are made; or it is a mergekit-moe file.
+Prompts are for merges: the hidden states of a model's prompts become its router rows. A YAML or
+JSON file maps models to prompts; a mergekit-moe file has them, too.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def _digest(content: object) -> str:
 
 
 def calibration_text(place: str | Path, what: str = "the calibration text") -> CalibrationText:
-    """Return the built-in text, or the text of a file; error messages call the file `what`.
+    """Return the built-in text, or the text of a file, which errors call `what`.
 
-    Raises UpcycleError for a file that cannot be read or that holds no text.
+    Raises UpcycleError for an unreadable or empty file.
     """
     if str(place) == BUILTIN:
         return CalibrationText(BUILTIN, tuple(builtin_texts()))
@@ -63,10 +63,11 @@ def calibration_text(place: str | Path, what: str = "the calibration text") -> C
 
 
 def read_texts(path: Path, what: str) -> list[Text]:
-    """Return the texts of a file, a text or one a line as JSON; UpcycleError when it has none.
+    """Return the texts of a file; UpcycleError if it has none.
 
-    A line of JSON Lines has a `text`, a `prompt` or the `messages` of a chat. Errors call the file
-    by `what` it is, such as "the prompts". Of a large file only the beginning is read.
+    The file is one text, or JSON Lines with a `text`, a `prompt` or the `messages` of a chat in
+    each line. Errors call it `what`, such as "the prompts". Only its beginning is read if it is
+    large.
     """
     try:
         with TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
@@ -74,7 +75,7 @@ def read_texts(path: Path, what: str) -> list[Text]:
     except OSError as error:
         raise UpcycleError(f"cannot read {what} {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise UpcycleError(f"{what} {path}: it is not UTF-8 text.") from error
+        raise UpcycleError(f"{what} {path} is not UTF-8 text.") from error
     if path.suffix == ".jsonl":
         lines = text.splitlines() if whole else text.splitlines()[:-1]
         found = [
@@ -83,7 +84,7 @@ def read_texts(path: Path, what: str) -> list[Text]:
     else:
         found = [text] if text.strip() else []
     if not found:
-        raise UpcycleError(f"{what} {path}: it is empty.", "Give a file with some text.")
+        raise UpcycleError(f"{what} {path} is empty.", "Give a file with some text.")
     return found
 
 
@@ -113,14 +114,14 @@ def builtin_texts() -> list[Text]:
 
 @dataclass(frozen=True)
 class ModelPrompts:
-    """Prompts that a model should get, and prompts that it should not get."""
+    """Prompts that should be routed to a model, and prompts that should not."""
 
     model: str
     positive: tuple[str, ...]
     negative: tuple[str, ...] = ()
 
     def means(self, model: Checkpoint) -> bool:
-        """Whether `model` is meant: by its path, its name or the last part of its name."""
+        """Whether these are prompts for `model`, by its path, name or last part of the name."""
         name = self.model.partition("@")[0]
         return name in (model.name, model.name.rpartition("/")[2]) or (
             Path(name).resolve() == model.path.resolve()
@@ -140,23 +141,24 @@ class Prompts:
         return _digest([asdict(model) for model in self.models])
 
     def of_groups(self, models: Sequence[Checkpoint]) -> tuple[ModelPrompts, ...]:
-        """Return the prompts of each group from the groups' models; UpcycleError if some lack any.
+        """Return the prompts of each group, given the groups' models.
 
-        A model with several groups needs as many entries, in the order of the groups.
+        A model with several groups needs as many entries. Raises UpcycleError if some are missing.
         """
         left, found = list(self.models), []
         for model in models:
             fits = next((each for each in left if each.means(model)), None)
             if fits is None:
-                named = ", ".join(each.model for each in left) or "no other"
+                named = ", ".join(each.model for each in left) or "other groups"
                 raise UpcycleError(
-                    f"{self.name} has no prompts for {model.name}; there is {named}.",
-                    "Each group needs prompts of its own, or some would be chosen alike.",
+                    f"{self.name} has no prompts for {model.name}, only for {named}.",
+                    "Each virtual group needs its own prompts.",
                 )
             left.remove(fits)
             found.append(fits)
         if left:
-            raise UpcycleError(f"{self.name} has prompts for {left[0].model}, and no group is its.")
+            words = f"{self.name} has prompts for {left[0].model}, which gives no virtual group."
+            raise UpcycleError(words)
         return tuple(found)
 
 
@@ -175,7 +177,7 @@ def place_of(value: object, path: Path, key: str = "source_model") -> str:
     held: Any = value
     if isinstance(held, dict):
         if odd := [name for name in held if name != "model" and held[name] is not None]:
-            raise UpcycleError(f"{path}: {key}.{odd[0]} is not a key that upcycle reads.")
+            raise UpcycleError(f"{path}: {key}.{odd[0]} is not supported.")
         held = held.get("model")
     if isinstance(held, dict):
         name, revision = held.get("path"), held.get("revision")
@@ -189,7 +191,7 @@ def place_of(value: object, path: Path, key: str = "source_model") -> str:
 
 
 def read_prompts(path: Path) -> Prompts:
-    """Return the prompts of a file; UpcycleError for a file of another form."""
+    """Return the prompts of a file; UpcycleError for an invalid one."""
     content = read_yaml(path)
     if isinstance(content, dict) and isinstance(content.get("experts"), list):
         items = [
@@ -200,7 +202,7 @@ def read_prompts(path: Path) -> Prompts:
     elif isinstance(content, dict):
         items = [(str(model), said) for model, said in content.items()]
     else:
-        raise UpcycleError(f"{path} has no prompts of models.", _FORM)
+        raise UpcycleError(f"{path} has no prompts for models.", _FORM)
     return Prompts(printable(path.name), tuple(_prompts(path, items)))
 
 

@@ -1,8 +1,8 @@
-"""How to upcycle: from a recipe and a dense checkpoint's headers to a plan.
+"""Plans a conversion from a recipe and the headers of a dense checkpoint.
 
-`build_plan` is pure: it reads no weight, writes nothing and imports no torch. Planning is type
-checking: the source must have the tensors that its config implies, in their shapes, and each must
-be used, or dropped for a stated reason. So a conversion fails before it writes the first byte.
+`build_plan` reads no weights, writes nothing and does not import torch. The source must have the
+tensors that its config implies; each must be used, or dropped for a stated reason. So an invalid
+conversion fails before it writes the first byte.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def build_plan(
 ) -> Plan:
     """Plan the conversion of a dense checkpoint, or of several by `merge`.
 
-    A recipe that needs a calibration is planned before it runs; `bind` fills in what it finds.
-    Raises UpcycleError when the target cannot express the model, when tensors are not what the
-    config says, or when the recipe or the inputs do not fit.
+    If the recipe needs a calibration, `bind` fills in the results later. Raises UpcycleError if
+    the target cannot express the model, if tensors do not match the config, or if the recipe or the
+    inputs do not fit.
     """
     options, inputs = options or Options(), inputs or Inputs()
     family = choose(
@@ -63,7 +63,7 @@ def build_plan(
     assert recipe.routing is not None
     if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:
         raise UpcycleError(
-            f"{row.model_type} has no factor on its gates in its config.",
+            f"the config of {row.model_type} has no factor on the gates.",
             "Use `scale_split` balanced or down.",
         )
     dropped = check_source(source, dense)
@@ -112,15 +112,12 @@ def build_plan(
 
 
 def bind(plan: Plan, found: Calibration) -> Plan:
-    """Fill in what a calibration found: router rows, neuron orders, and c where it is measured.
-
-    Nothing is decided again, and the digest stays the plan's.
-    """
+    """Fill in a calibration's router rows, neuron orders and measured c; the digest stays."""
     return _bound(plan, found, plan.recipe.group_size / found.gates)
 
 
 def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
-    """Fill in the c that was measured when an existing output was made, from its record."""
+    """Fill in the measured c of an existing output from its record."""
     recipe = record.get("recipe")
     scale = recipe.get("scaling") if isinstance(recipe, dict) else None
     measured = not plan.growing and plan.recipe.scaling is Scaling.MEASURED
@@ -137,7 +134,7 @@ def _bound(plan: Plan, found: Calibration | None, scale: float) -> Plan:
 
 
 def _tensors(plan: Plan) -> tuple[OutputTensor, ...]:
-    """Return every output tensor; UpcycleError where the inputs do not fit the layers."""
+    """Return every output tensor; UpcycleError if the inputs do not fit the layers."""
     return tuple(TensorMaker(plan).tensors())
 
 
@@ -146,11 +143,10 @@ def _check_prompts(
 ) -> None:
     """Raise UpcycleError for prompts that do not fit the models of a merge."""
     if merge is None:
-        raise UpcycleError("prompts tell models apart, and there is one.", "Add `experts_from`.")
-    # Prompts tell models apart, but not several groups of one model, nor experts of one group.
+        raise UpcycleError("`positive_prompts` need several models.", "Add `experts_from`.")
     if recipe.expansion != len(merge.cycle) or recipe.router_rows != recipe.expansion:
         raise UpcycleError(
-            f"{recipe.router_rows} router rows cannot be made of the prompts of "
+            f"{recipe.router_rows} router rows need as many prompts, and there are those of "
             f"{len(merge.cycle)} models.",
             f"Use an expansion of {len(merge.cycle)}, and virtual groups.",
         )
@@ -167,14 +163,13 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
         if std > most:
             raise UpcycleError(
                 f"router logits of standard deviation {std:g} overflow "
-                f"{TORCH_DTYPES[tensor.dtype]}, which ends at {LARGEST[tensor.dtype]:g}.",
+                f"{TORCH_DTYPES[tensor.dtype]}.",
                 f"Use a `router_logit_std` below {most:.3g}, or another `dtype`.",
             )
 
 
 def _check_all_used(plan: Plan, tensors: Collection[OutputTensor]) -> None:
     """Assert that every source tensor is used or dropped, and every part of the MLP is held."""
-    # All models of a merge have the same tensors; each is used of some model.
     used = {model_of(name)[1] for tensor in tensors for name in source_names(tensor.expr)}
     unused = plan.source.tensors.keys() - used - plan.dropped.keys()
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"

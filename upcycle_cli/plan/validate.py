@@ -1,4 +1,4 @@
-"""Whether a source has exactly the tensors that its config implies."""
+"""Checks that a source has exactly the tensors that its config implies."""
 
 from __future__ import annotations
 
@@ -33,12 +33,11 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
 def check_tensors(
     source: Checkpoint, wanted: Mapping[str, tuple[int, ...]], dropped: Collection[str] = ()
 ) -> None:
-    """Raise UpcycleError unless a source has the wanted tensors alone, in their shapes."""
+    """Raise UpcycleError unless a source has exactly the wanted tensors, in their shapes."""
     for name, entry in source.tensors.items():
         if entry.dtype not in TORCH_DTYPES and name not in dropped:
             raise UpcycleError(
-                f"{source.path}: {name} is stored as {entry.dtype}; the weights are quantised, or "
-                "of a dtype that no model is trained in.",
+                f"{source.path}: {name} is stored as {entry.dtype}; are the weights quantised?",
                 f"Only {', '.join(TORCH_DTYPES)} can be converted.",
             )
     missing = [name for name in wanted if name not in source.tensors]
@@ -67,10 +66,9 @@ def check_tensors(
 def _regular(
     source: Checkpoint, dense: DenseModel, held: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that a source must have where no list of the family's tensors exists.
+    """Return the tensors that a source must have, for families without a list of tensors.
 
-    Every layer of a kind needs the tensors of the first layer of that kind, and the MLP those of
-    the family's row.
+    Each layer needs the tensors of the first layer of its kind, and the MLP of the family's row.
     """
     layer_of = layer_finder(dense.family.layer)
     by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}
