@@ -157,8 +157,8 @@ REFUSED: dict[str, tuple[dict[str, Any] | Callable[[Path], object], tuple[str, .
     "norm": ({"rms_norm_eps": 1e-3}, ("rms_norm_eps is 0.001",)),
     "heads": ({"num_key_value_heads": 4}, ("shape",)),
     "moe": ({"model_type": "mixtral", "num_local_experts": 4}, ("mixture of experts already",)),
-    "tokens": (_more_tokens, ("the tokenizers differ: zz is 999 in", "and 'missing' in")),
-    "no tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), ("no tokenizer",)),
+    "tokens": (_more_tokens, ("the tokenizers differ: zz is 999 in", "but 'missing' in")),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), ("not a valid tokenizer",)),
     "dtype": (
         lambda p: edit(p, lambda t: t.update({n: x.float() for n, x in t.items()})),
         ("is F32 in", "BF16", "`dtype`"),

@@ -109,7 +109,7 @@ def test_a_tied_model_may_carry_its_head(tmp_path: Path) -> None:
     [
         ({"dtype": "int8"}, "'int8' is not a dtype for weights"),
         ({"max_shard_bytes": 0}, "must be positive"),
-        ({"expert_layout": "per_expert"}, "expert_layout cannot be 'per_expert'"),
+        ({"expert_layout": "per_expert"}, "`expert_layout` cannot be 'per_expert'"),
     ],
 )
 def test_options_are_valid_or_are_not_made(values: dict[str, Any], words: str) -> None:
