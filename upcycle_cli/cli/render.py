@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
-from rich.text import Text
 
 from upcycle_cli.cli import terminal
 from upcycle_cli.core.text import counted, parameter_text, printable, shell_line, size_text
@@ -16,11 +15,8 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.describe import Inspection
     from upcycle_cli.models.overview import Families, TargetFacts
     from upcycle_cli.plan.budget import SizedRecipe
-    from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Push
-    from upcycle_cli.verification.result import Report
 
-_STATUS_STYLES = {"passed": "green", "failed": "bold red"}
 _MAX_WIDTH = 100
 """A longer cell in a list of tensors moves the rest of its own line only."""
 _MOST_RECIPES = 20
@@ -36,24 +32,6 @@ def command_line() -> str:
     return shell_line(["upcycle", *sys.argv[1:]])
 
 
-def plan_table(plan: Plan) -> Table:
-    """Return the table of a plan."""
-    from upcycle_cli.plan.facts import plan_rows
-
-    return terminal.rows_table(plan_rows(plan))
-
-
-def report_table(report: Report) -> Table:
-    """Return the results of verify: a row per check, its failures below its detail."""
-    (rows,) = report.tables()
-    coloured = []
-    for label, lines in rows:
-        status = label.split()[-1]
-        style = _STATUS_STYLES.get(status, "yellow")
-        coloured.append((Text.assemble(label.removesuffix(status), (status, style)), lines))
-    return terminal.rows_table(coloured)
-
-
 def announce_push(repo: str, files: int, nbytes: int) -> None:
     """Say that a push begins."""
     terminal.talk(f"Pushing {counted(files, 'file')}, {size_text(nbytes)}, to {repo} …")
@@ -63,7 +41,7 @@ def show_push(push: Push) -> None:
     """Print what a push did, and what the licence requires."""
     # Without a terminal, keep addresses in one piece.
     to = terminal.stdout(None if sys.stdout.isatty() else 200)
-    terminal.show(*map(terminal.rows_table, push.tables()), to=to)
+    terminal.show(push, to=to)
     terminal.warn(*push.reminders)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from json import dumps
 from typing import Any, NoReturn
@@ -49,22 +49,25 @@ def stderr() -> Console:
     return _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def rows_table(rows: Iterable[tuple[str | Text, Sequence[str]]]) -> Table:
+def rows_table(rows: Iterable[display.Row]) -> Table:
     """Return a table of labels, each with the lines that describe it, with flags for arguments."""
     return display.rows_table((label, [*map(with_flags, lines)]) for label, lines in rows)
 
 
-def show(*tables: RenderableType, to: Console | None = None) -> None:
-    """Print tables to stdout, or to another console, with empty lines between them.
+def show(*parts: RenderableType | display.Result, to: Console | None = None) -> None:
+    """Print tables and results to stdout, or to another console, with empty lines between them.
 
     Lines get no spaces at their ends.
     """
     console = to or stdout()
+    tables: list[RenderableType] = []
+    for part in parts:
+        tables += map(rows_table, part.tables()) if isinstance(part, display.Result) else [part]
     for number, table in enumerate(tables):
         if number:
             console.print()
-        for parts in console.render_lines(table, pad=False):
-            line = Text.assemble(*((part.text, part.style or "") for part in parts))
+        for pieces in console.render_lines(table, pad=False):
+            line = Text.assemble(*((piece.text, piece.style or "") for piece in pieces))
             line.rstrip()
             console.print(line, soft_wrap=True)
 

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 Row = tuple[str, Sequence[str]]
 """A property, and the lines that describe it."""
 
+_STATUS_STYLES = {
+    "passed": "green",
+    "failed": "bold red",
+    "measured": "yellow",
+    "skipped": "yellow",
+}
 _MOST_IN_FIELD = 80
 _SHORT = Repr()
 _SHORT.maxlevel = _SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 3
@@ -80,8 +86,8 @@ def _html(row: Row) -> str:
     return f"<tr><th {left}>{label}</th><td {left}>{'<br>'.join(lines)}</td></tr>"
 
 
-def rows_table(rows: Iterable[tuple[Any, Sequence[str]]]) -> Table:
-    """Return rows as a table for a terminal; labels are text, plain or rich's."""
+def rows_table(rows: Iterable[Row]) -> Table:
+    """Return rows as a table for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -89,5 +95,8 @@ def rows_table(rows: Iterable[tuple[Any, Sequence[str]]]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, lines in rows:
-        table.add_row(label, Text("\n".join(map(printable, lines))))
+        name = Text(printable(label))
+        for status, style in _STATUS_STYLES.items():
+            name.highlight_regex(rf"  ({status})$", style)
+        table.add_row(name, Text("\n".join(map(printable, lines))))
     return table

@@ -148,13 +148,12 @@ class _Screen(Hooks):
             return
         from upcycle_cli.plan.warnings import warnings
 
-        tables, notes = [], [*result.warnings]
         if not result.already_done:
-            tables, notes = [render.plan_table(result.plan)], [*warnings(result.plan), *notes]
-        if result.report is not None:
-            tables.append(render.report_table(result.report))
-        terminal.show(*tables)
-        terminal.warn(*notes)
+            terminal.show(result)
+            terminal.warn(*warnings(result.plan))
+        elif result.report is not None:
+            terminal.show(result.report)
+        terminal.warn(*result.warnings)
         if result.already_done and result.published:
             terminal.talk(f"{result.output} is already the output of this command; nothing to do.")
         elif result.published:
@@ -179,9 +178,10 @@ class _Screen(Hooks):
             status = {"status": "planned", "output": str(self.request.output)}
             terminal.print_json(status | plan_json(plan, notes))
         elif not self.quiet:
+            from upcycle_cli.plan.facts import plan_rows
             from upcycle_cli.plan.warnings import warnings
 
-            terminal.show(render.plan_table(plan))
+            terminal.show(terminal.rows_table(plan_rows(plan)))
             terminal.warn(*warnings(plan), *notes)
             terminal.talk("Nothing was written (--dry-run).")
 
@@ -199,7 +199,7 @@ class _Screen(Hooks):
         if done.published:
             return
         if self.quiet and done.report is not None:
-            terminal.show(render.report_table(done.report), to=terminal.stderr())
+            terminal.show(done.report, to=terminal.stderr())
         found = "verification failed; nothing was published."
         if done.already_done:
             found = f"{done.output} is damaged. Convert again with --overwrite."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from upcycle_cli.cli import options, render
-from upcycle_cli.cli.terminal import print_json, rows_table, show, talk
+from upcycle_cli.cli.terminal import print_json, show, talk
 
 _option = options.options_of("families")
 
@@ -31,5 +31,5 @@ def families(
     elif targets:
         show(*render.target_tables(found.targets))
     else:
-        show(*map(rows_table, found.tables()))
+        show(found)
         talk("", "Next: upcycle families NAME shows targets, engines and trainers, or the reason.")

@@ -146,7 +146,7 @@ def _print_json(found: Inspection, ranking: render.Ranking | None, *, tensors: b
 
 def _print_tables(found: Inspection, *, targets: bool) -> None:
     compared = render.target_tables(found.becomes) if targets else ()
-    terminal.show(*map(terminal.rows_table, found.tables()), *compared)
+    terminal.show(found, *compared)
     if found.plan is not None:
         from upcycle_cli.plan.warnings import warnings
 

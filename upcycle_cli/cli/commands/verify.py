@@ -65,7 +65,7 @@ def verify(
         )
     raise_signal()
     if not json and not (quiet and found.accepted):
-        terminal.show(render.report_table(found), to=terminal.stderr() if quiet else None)
+        terminal.show(found, to=terminal.stderr() if quiet else None)
     if report is not None:
         from upcycle_cli.core.safe_files import write_whole
         from upcycle_cli.report.contents import verification_html
