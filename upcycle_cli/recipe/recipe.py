@@ -95,7 +95,7 @@ class Recipe(Compact):
     noise: float = 0.0
     """The standard deviation of the noise on each expert matrix, relative to the matrix's own."""
     reinit: float = 0.0
-    """The share of each expert's neurons that are initialised again."""
+    """The share of each expert's neurons to reinitialize."""
 
     def __post_init__(self, notation: str | None) -> None:
         if notation is not None:
@@ -177,10 +177,10 @@ class Recipe(Compact):
         """How each expert differs from its shard of the dense MLP, in words."""
         if self.noise:
             return f"noise of {self.noise:g} × the standard deviation of each matrix"
-        return f"{100 * self.reinit:g} % of each expert's neurons initialised again"
+        return f"{100 * self.reinit:g} % of each expert's neurons reinitialized"
 
     def reinit_count(self, expert_size: int) -> int:
-        """Return how many of an expert's neurons are initialised again."""
+        """Return how many of an expert's neurons are reinitialized."""
         return math.floor(self.reinit * expert_size + 0.5)
 
     @property
@@ -297,7 +297,7 @@ class Recipe(Compact):
         return Factors(c=c, gate=gate, up=up, down=down, down_bias=bias, config=config)
 
     def promise(self, factors: Factors, kind: MlpKind = GATED) -> tuple[Promise, str]:
-        """Return the promise of this (resolved) recipe with these factors, and why it is none."""
+        """Return what this (resolved) recipe promises with these factors, and why if it is none."""
         needed, given = self._compensation(), self.router_init is RouterInit.FILE
         std = self.router_logit_std or DEFAULT_LOGIT_STD[Routing.SOFTMAX_TOPK]
         uniform = self.routing is not Routing.SOFTMAX_TOPK or self.top_k == self.num_experts
@@ -318,13 +318,13 @@ class Recipe(Compact):
             f"scaling {self.scaling} does not preserve the MLP's output": (
                 not scaled_right and self.scaling in (Scaling.PAPER, Scaling.NONE)
             ),
-            "softmax-topk weighs experts by the router's logits, and given rows can be any": (
+            "softmax-topk weighs experts by router logits, and rows from a file can be anything": (
                 not uniform and given
             ),
             f"with router logits of standard deviation {std:g} the gates are far from equal": (
                 not uniform and std > largest
             ),
-            f"the experts are scaled by {scale:.4g} in all, not by what the routing needs": (
+            f"the experts are scaled by {scale:.4g}, and the routing needs {needed:.4g}": (
                 not scaled_right
             ),
         }
