@@ -49,15 +49,16 @@ def inspect(
     load: Path | str | None = None,
     watch: Progress | None = None,
 ) -> Inspection:
-    """Describe a checkpoint; with a recipe or a growth, describe what it would become.
+    """Describe a checkpoint, or what a recipe would make of it: `inspect("dense", "E8G1T2")`.
 
-    `path` is a directory, or a repo on the Hub at `revision`, of which only headers are read unless
-    `weights` or `load` need more. `inputs` are the texts or files that the routers would be made
-    from; no model is run on them. `dense` are the models that an MoE was made of, one or several,
-    with which `weights` compares it. `load` is a text file or `builtin`: the MoE is run on it to
-    count which experts its tokens choose.
+    `path` is a directory, or a repo on the Hub at `revision`; only headers are read. `recipe`,
+    `target` and `options` are those of `convert`; `inputs` are its files, opened.
 
-    Raises UpcycleError when the checkpoint cannot be read or is of the wrong kind.
+    For an MoE, `weights` reads the experts and compares them with one another and with `dense`, the
+    model or models that it was made from. `load` is a text file or "builtin": it runs the MoE on
+    this text and counts which experts the tokens choose. `watch` receives the progress.
+
+    Raises UpcycleError if the checkpoint cannot be read, or if an argument does not fit its kind.
     """
     if dense and not weights and load is None:
         raise UpcycleError("`dense` needs `weights` or `load`.")

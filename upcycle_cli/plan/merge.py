@@ -94,7 +94,8 @@ class MergeRequest:
     """Other models to make experts from: directories, or repos as REPO or REPO@REVISION.
 
     With `source_too` the first experts come from the source. Without it, all experts come from the
-    named models, which may include the source.
+    named models, which may include the source. All other weights are the source's, or with
+    `rest="mean"` the average of all models.
     """
 
     experts_from: Path | str | Sequence[Path | str]

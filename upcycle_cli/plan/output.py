@@ -88,12 +88,14 @@ def fill_shards(tensors: Sequence[OutputTensor], max_bytes: int) -> tuple[Shard,
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the output is stored."""
+    """How the output is stored.
+
+    `dtype` is bfloat16, float16 or float32; None keeps the dtype of each tensor. `expert_layout` is
+    "per-expert", "stacked" or "fused"; None means the layout of the target's released models.
+    """
 
     dtype: str | None = None
-    """bfloat16, float16 or float32 for every tensor, or None to keep the dtype of each."""
     expert_layout: ExpertLayout | None = None
-    """None for the layout of the target's released models."""
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     untie_embeddings: bool = False
 

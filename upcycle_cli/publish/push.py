@@ -40,15 +40,14 @@ _FOLDERS_OF_TOOLS = (".git", ".cache")
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """Where to push, and how."""
+    """Where to push, and how: the arguments of `push`."""
 
     repo: str
-    # A branch, created if necessary, or refs/pr/N; None for the main branch.
     revision: str | None = None
-    private: bool = False  # if the repo is created, make it private
-    create_pr: bool = False  # open a pull request instead of changing the branch
-    message: str | None = None  # the commit's first line
-    replace_card: bool = False  # even if somebody edited it on the Hub
+    private: bool = False
+    create_pr: bool = False
+    message: str | None = None
+    replace_card: bool = False
 
     def __post_init__(self) -> None:
         check_revision(self.revision)
@@ -143,9 +142,9 @@ def push(
     """Upload a finished conversion to the Hub: `push("moe", "my-org/moe", private=True)`.
 
     The repo is created if it does not exist, with `private` as a private one. `revision` is a
-    branch, created if necessary; None means the main branch. `create_pr` opens a pull request
-    instead. `message` is the commit message. A card that was edited on the Hub is kept unless
-    `replace_card` is set. `on_start` gets the number of files and of bytes before the upload.
+    branch, created if necessary, or refs/pr/N; None means the main branch. `create_pr` opens a pull
+    request instead. `message` is the commit message. A card that was edited on the Hub is kept
+    unless `replace_card` is set. `on_start` gets the number of files and of bytes to upload.
 
     Raises UpcycleError if the output is incomplete or was changed, or if the Hub refuses it. The
     same call then continues with the files that are missing.

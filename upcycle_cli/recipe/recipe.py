@@ -65,11 +65,15 @@ _RECIPE = re.compile(r"E(\d{1,9})G(\d{1,9})T(\d{1,9})", re.IGNORECASE)
 class Recipe(Compact):
     """How a dense model becomes a mixture of experts: `Recipe("E8G1T2", routing="softmax-topk")`.
 
-    The paper's notation `E8G1T2` stands for `expansion=8, granularity=1, top_k=2`. A choice such as
-    a routing is a member of its enum or the string that it equals. A `routing`, `scale_split` or
-    `router_logit_std` of None means the target's default.
+    The notation E8G1T2 stands for `expansion=8, granularity=1, top_k=2`. `shared_experts` of the G
+    shards form an expert that every token uses. `layers`, such as "4-31" or "every:2", become
+    mixtures of experts; None means all. `virtual_groups=False` gives each expert a router row of
+    its own. `router_logit_std` is the standard deviation of the router's logits. `noise` is added
+    to each expert matrix, relative to its standard deviation; `reinit` is the share of each
+    expert's neurons to reinitialize. None means the target's default. A string such as
+    "softmax-topk" stands for a member of an enum.
 
-    Raises UpcycleError when the values cannot describe any mixture of experts.
+    Raises UpcycleError if no mixture of experts has these values.
     """
 
     notation: InitVar[str | None] = None
@@ -78,24 +82,19 @@ class Recipe(Compact):
     granularity: int = 0
     top_k: int = 0
     shared_experts: int = 0
-    """K: how many of the G shards form an expert that every token uses."""
     routing: Routing | None = None
     scaling: Scaling | float = Scaling.EXACT
     scale_split: ScaleSplit | None = None
     layers: str | None = None
-    """The layers that become mixtures of experts, as `parse_layers` reads them; None for all."""
     virtual_groups: bool = True
     neuron_order: NeuronOrder = NeuronOrder.SLICED
     router_init: RouterInit = RouterInit.NORMAL
     router_logit_std: float | None = None
-    """The standard deviation of the router's logits: nominal for normal rows, measured for fitted
-    rows, and None for rows of a file, which are not scaled."""
+    """Nominal for normal rows, measured for fitted rows, and None for rows of a file."""
     seed: int = 0
     allow_inexact: bool = False
     noise: float = 0.0
-    """The standard deviation of the noise on each expert matrix, relative to the matrix's own."""
     reinit: float = 0.0
-    """The share of each expert's neurons to reinitialize."""
 
     def __post_init__(self, notation: str | None) -> None:
         if notation is not None:
@@ -350,10 +349,10 @@ class Recipe(Compact):
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Duplicate each expert `expand` times and let a token use `top_k` of them.
+    """How an MoE gets more experts: each is duplicated `expand` times, a token uses `top_k`.
 
-    A `top_k` of None means `expand` times the source's, which is exact. Raises UpcycleError for
-    values that no MoE can have.
+    A `top_k` of None means `expand` times the source's, which is exact. Another one needs
+    `allow_inexact=True`. Raises UpcycleError if no MoE has these values.
     """
 
     expand: int

@@ -53,12 +53,14 @@ _STOP_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions:
-    """How to write; the output is the same for all of them."""
+    """How to write the output, which is the same for all values.
+
+    `workers` are threads; 0 means one more than there are processors, at most 4. `fsync` makes each
+    file durable before it gets its final name.
+    """
 
     workers: int = 0
-    """Threads; 0 for one more than there are processors, at most 4."""
     fsync: bool = True
-    """Make every file durable before it gets its name."""
 
     def __post_init__(self) -> None:
         check_types(self)
