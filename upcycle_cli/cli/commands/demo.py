@@ -16,8 +16,6 @@ from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import print_json, stderr, talk
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import shell_line
-from upcycle_cli.plan.texts import builtin_texts
-from upcycle_cli.run.models import transformers_errors
 
 _option = options.options_of("demo")
 _NEXT_STEPS = """
@@ -73,6 +71,8 @@ def _make_dense(path: Path) -> None:
     """Write a Llama of 4 layers with random weights, and its tokenizer."""
     import torch
 
+    from upcycle_cli.run.models import transformers_errors
+
     with transformers_errors():
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,6 +105,8 @@ def _train_tokenizer() -> Any:  # noqa: ANN401 - transformers has no types
     """Train a byte-level BPE tokenizer on the built-in text."""
     from tokenizers.implementations import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
+
+    from upcycle_cli.plan.texts import builtin_texts
 
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     texts = [text for text in builtin_texts() if isinstance(text, str)]
