@@ -37,7 +37,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("verify ABSENT MOE", "absent"),
     ("verify DENSE ABSENT", "absent"),
     ("verify DENSE DENSE", "llama"),
-    ("verify DENSE MOE --prompts FILE", "it is empty"),
+    ("verify DENSE MOE --prompts FILE", "is empty"),
     ("demo FULL", "exists and is not empty"),
     ("demo FILE", "file"),
 )

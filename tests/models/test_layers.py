@@ -49,7 +49,7 @@ def test_parse_layers(text: str | None, layers: tuple[int, ...]) -> None:
             (text, f"there are no layers {text}: the model has layers 0 to 7.")
             for text in ("8", "3-8", "5-3")
         ),
-        ("1,6", "layer 6 has no dense MLP to make experts of."),
+        ("1,6", "layer 6 has no dense MLP."),
     ],
 )
 def test_refuse_other_text(text: str, message: str) -> None:

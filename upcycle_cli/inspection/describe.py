@@ -1,4 +1,4 @@
-"""What `inspect` returns, and its rows: properties with the lines that describe them."""
+"""The result of `inspect`, and its rows: properties with the lines that describe them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_LAYERS = 8
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Result):
-    """What `inspect` found; `plan` is there when a recipe was given, or a growth for an MoE."""
+    """The result of `inspect`; it has a plan if a recipe was given, or a growth for an MoE."""
 
     checkpoint: Checkpoint
     kind: str
@@ -113,9 +113,9 @@ def _target_rows(targets: Sequence[TargetFacts]) -> Iterator[Row]:
 
 
 def _record_text(record: Mapping[str, Any] | None) -> str:
-    """Return what upcycle.json says about the conversion; its values can be anything."""
+    """Describe the conversion that upcycle.json states; its values can be anything."""
     if record is None:
-        return "missing: nothing says how this MoE was made"
+        return "unknown: there is no upcycle.json"
     try:
         recipe, source = record.get("recipe", {}), record["source"]["name"]
         if isinstance(record.get("growth"), dict):
@@ -129,7 +129,7 @@ def _record_text(record: Mapping[str, Any] | None) -> str:
             f"rows, seed {recipe['seed']}, from {source}"
         )
     except (AttributeError, KeyError, TypeError):
-        return "not in a format that this version reads"
+        return "unknown: upcycle.json is of another version"
 
 
 def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]:
@@ -155,7 +155,7 @@ def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]
 
 
 def _copies_text(weights: WeightFacts, num_experts: int | None) -> str:
-    """Say how many experts still equal their copies in other groups."""
+    """Describe how many experts still equal their copies in other groups."""
     distinct, total = weights.distinct_experts, weights.num_experts
     if weights.diverged:
         if weights.movement is None and weights.granularity == 1 and distinct == num_experts:
@@ -192,7 +192,7 @@ def _load_rows(found: ExpertLoad) -> Iterator[Row]:
     layers = found.layers
     worst = max(layers, key=lambda each: each.load_cv)
     mean = sum(each.load_cv for each in layers) / len(layers)
-    varies = f"varies by {mean:.2f} on average, {worst.load_cv:.2f} in layer {worst.layer}"
+    varies = f"varies by {mean:.2f} on average, at most {worst.load_cv:.2f} (layer {worst.layer})"
     yield "load", [f"{varies} ({found.tokens:,} tokens of {found.text})"]
     idle = [(each.layer, format_layers(each.idle)) for each in layers if each.idle]
     number, every = sum(len(each.idle) for each in layers), sum(len(e.load) for e in layers)

@@ -1,4 +1,4 @@
-"""Which experts the tokens of a text choose: the MoE is run layer by layer, its weights on disk.
+"""Counts the tokens that choose each expert; the MoE runs layer by layer from disk.
 
 Legend: B rows of S positions each.
 """
@@ -58,10 +58,9 @@ class ExpertLoad(Compact):
 def measure_expert_load(
     experts: Experts, text: CalibrationText, dense: Checkpoint | None, watch: Progress
 ) -> ExpertLoad:
-    """Run an MoE on the first TOKENS tokens of a text.
+    """Run an MoE on the first TOKENS tokens of a text, with its own tokenizer or that of `dense`.
 
-    If the MoE has no usable tokenizer, the one of `dense` is used. Raises UpcycleError when neither
-    has one, and for a model that transformers cannot run.
+    Raises UpcycleError without a usable tokenizer, and for a model that transformers cannot run.
     """
     watch.begins("checking load")
     moe = experts.moe

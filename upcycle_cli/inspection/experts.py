@@ -1,7 +1,6 @@
-"""What the expert weights of an MoE show: which experts are equal, and which groups are whole.
+"""Compares the experts of an MoE with their copies, one expert in memory at a time.
 
-One expert is in memory at a time. With the dense models, weight_drift.py also measures the scale
-factors and how far training has moved the experts.
+With the dense models, weight_drift.py also measures the scale factors and the drift in training.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from upcycle_cli.verification.neuron_hashes import neuron_hashes
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WeightFacts(Compact):
-    """What the expert weights show; the fields after `shared_works` need the dense models."""
+    """The results for the experts' weights; those after `shared_works` need the dense models."""
 
     distinct_experts: int
     """The number of different experts, in the layer with the most."""
@@ -54,7 +53,7 @@ class WeightFacts(Compact):
 def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> WeightFacts:
     """Read an MoE's experts and routers, and compare them with its dense models if given.
 
-    Raises UpcycleError when tensors are missing, or the sizes of a dense model do not fit.
+    Raises UpcycleError for missing tensors, and for dense models of other sizes.
     """
     with experts.moe.reader() as reader:
         factors = movement = num_shared = None

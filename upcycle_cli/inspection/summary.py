@@ -1,7 +1,6 @@
-"""`inspect`: what a checkpoint is, or what a conversion would make of it.
+"""`inspect`: describes a checkpoint, or what a conversion would make of it.
 
-Only headers are read, unless the weights are requested: then it also says which experts are equal,
-which groups are whole and, given the dense model, how far training has moved the experts.
+It reads headers only, unless weights or expert load are requested.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""How far training has moved the experts: from the dense model's shards, and from one another.
+"""Measures how far training has moved the experts from the dense model and from their copies.
 
 Distances are relative Frobenius norms over all parts of an expert. Each part is compared with the
-dense part times the factor that the conversion applied. Neurons are matched in any order, by the
-direction of some of their weights, since training moves them by less than they differ; if there are
-several dense models, each group is compared with the most similar one.
-Legend: N experts, G shards, I dense intermediate size, K weights of a neuron; expert e = g·G + s
-started as shard s of virtual group g. Neurons of the shared expert are left out: G counts the
-routed shards.
+dense part times the scale factor. Neurons are matched in any order by the direction of some of
+their weights; with several dense models, each group is compared with the most similar one. Neurons
+of the shared expert are left out.
+Legend: N experts, G routed shards, I dense intermediate size, K weights of a neuron; expert
+e = g·G + s started as shard s of virtual group g.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _MAX_DENOMINATOR, _ROUNDING = 16, 2e-4
 """A measured factor this close to a simple fraction is taken to be that fraction."""
 
 Source = tuple["Checkpoint", "DenseModel", "Reader"]
-"""A dense model that the experts were made of."""
+"""A dense model that experts were made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +54,8 @@ class LayerDrift:
     apart: float
     """The root mean square distance of experts from the mean of the copies of their shard."""
     unlike: float
-    """The share of neurons that match none of the dense model's, such as reinitialized ones; both
-    distances leave them out, unless a group has no other."""
+    """The share of neurons that match none of the dense model's, such as reinitialized ones. The
+    distances leave them out, unless a group has no others."""
     num_groups: int
     """E."""
     split_groups: int
@@ -79,8 +78,8 @@ def measure_drift(
         group_size, rest = divmod(routed, experts.expert_size)
         if rest or not group_size or experts.num_experts % group_size:
             raise UpcycleError(
-                f"{checkpoint.path} is not the source: experts of width {experts.expert_size} are "
-                f"not shards of its MLPs of width {model.intermediate_size}."
+                f"the MoE was not made from {checkpoint.path}: experts {experts.expert_size} wide "
+                f"are not shards of MLPs {model.intermediate_size} wide."
             )
     parts = [part for part, _ in experts.parts(moe, experts.layers[0], 0)]
 
@@ -137,9 +136,9 @@ class Matches:
     """Which of their neurons is which of ours."""
 
     order: NDArray[np.intp]
-    """For each of our neurons its place among theirs; any free place for one without a match."""
+    """The place of each of our neurons among theirs; any free place without a match."""
     matched: NDArray[np.bool_]
-    """Which of our neurons have a match."""
+    """Whether each of our neurons has a match."""
     similarity: float
     """The sum of the cosines."""
 
@@ -186,7 +185,7 @@ class _Group(NamedTuple):
 
 @dataclass
 class _Layer:
-    """The experts of one layer beside the dense MLPs that they were made of."""
+    """The experts of one layer, and the dense MLPs that they were made from."""
 
     experts: Experts
     moe: Reader
@@ -258,7 +257,7 @@ class _Layer:
             actual, matched = actual[order], torch.from_numpy(found if found.any() else ~found)
             owners = order // self.experts.expert_size
         if actual.shape != dense.shape:
-            raise UpcycleError("the dense model has MLPs of other sizes: not the source.")
+            raise UpcycleError("the MoE was not made from this dense model: sizes differ.")
         return actual, dense, matched[:, None], group.start + owners
 
     def _rows(self, part: str, start: int, columns: int | None = None) -> torch.Tensor:

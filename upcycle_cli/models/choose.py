@@ -38,7 +38,7 @@ class Family(Compact):
         return {} if self.target.ships_code else self.dense.family.pieces
 
     def name(self, source: str) -> str:
-        """Return the target's name of a dense tensor that is copied."""
+        """Return the name in the target of a dense tensor that is copied."""
         here, there = self.dense.family.inside, self.target.inside
         if here is not None and there is not None:
             return here.moved(source, there)
@@ -54,9 +54,9 @@ def choose(
     names: Collection[str] = (),
     shared_experts: int = 0,
 ) -> Family:
-    """Return the family of a source config and a --target; "auto" takes the first possible target.
+    """Return the family of a source config and a target; "auto" takes the first possible one.
 
-    `names` are the source's tensors. Raises UpcycleError with the reason of each impossible target.
+    `names` are the source's tensors. Raises UpcycleError with the reasons if none is possible.
     """
     dense = dense_model(config, names)
     family = dense.family
@@ -103,7 +103,7 @@ def _objection(
     if not dense.mlp_layers:
         return "the model has no layer with a dense MLP"
     if biased and not target.ships_code:
-        return "the model's MLPs have biases, and the target's experts have none"
+        return "the model's MLPs have biases, but the target's experts have none"
     for name, reason in target.unsupported_tensors.items():
         if dense.has(name):
             return reason.format(model_type=dense.model_type)
@@ -124,15 +124,9 @@ def _attention_objection(target: Target, dense: DenseModel) -> str | None:
     if target.ships_code or target.model_type == dense.model_type:
         return None
     if dense.rotary_share != 1.0 and "partial_rotary_factor" not in known:
-        return (
-            "only a part of each head is rotated (partial_rotary_factor), and the target rotates "
-            "all of it"
-        )
+        return "only a part of each head is rotated, but the target rotates whole heads"
     if any(windows) and "sliding_window" not in known:
-        return "some layers have a sliding window, and the target supports none"
+        return "some layers have a sliding window, but the target supports none"
     if len(windows) > 1 and "layer_types" not in known:
-        return (
-            "only some layers have a sliding window (layer_types), and the target's layers are all "
-            "alike"
-        )
+        return "only some layers have a sliding window, but the target treats all layers alike"
     return None

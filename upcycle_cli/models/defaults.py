@@ -1,12 +1,10 @@
-"""What a config means to transformers: defaults of absent keys, checked values, and tensors.
+"""How transformers reads a config: defaults of absent keys, checked values, and tensors.
 
-`knowledge/defaults.json` is generated from transformers by `tests/family_defaults.py --write`.
-"defaults" has the default of each key by model type; null mostly means that a value is derived from
-others. "classes" has the names of the config, the base model and the causal language model.
-"tensors" has the tensors of dense checkpoints whose layers are all alike: "outside" of layers and
-in each "layer". An entry is a shape with an optional condition, such as "hidden_size,2*head_dim if
-use_bias": dimensions are sums of products of config keys and integers; a condition is `if` or
-`unless` and a boolean key.
+`tests/family_defaults.py --write` generates `knowledge/defaults.json` from transformers. By model
+type it has the "defaults" of config keys (null mostly means that a value is derived), the names of
+the "classes", and the "tensors" of dense checkpoints with equal layers. A tensor is a shape with an
+optional condition, such as "hidden_size,2*head_dim if use_bias": dimensions are sums of products of
+config keys and integers; a condition is `if` or `unless` and a boolean key.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ def table(name: str) -> Mapping[str, Any]:
 def defaults_of(model_type: str) -> Mapping[str, Any]:
     """Return the default of each config key; empty for an unknown model type.
 
-    Model types without rope lack "rope_theta". "partial_rotary_factor" is there if it varies.
+    "rope_theta" is missing without rope, "partial_rotary_factor" if it is always 1.
     """
     return MappingProxyType(table("defaults")["defaults"].get(model_type, {}))
 

@@ -1,7 +1,6 @@
-"""Dense models: the form of a family's row, and what a config of the family means.
+"""Dense models: the row of a family, and a model of the family with all settings.
 
-`DenseModel.values` holds every setting with the defaults of *its* model type filled in. A target's
-defaults may differ.
+`DenseModel.values` has the defaults of *its* model type filled in. A target's may differ.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Windows = tuple[int | None, ...]
 class Piece:
     """Some rows of a dense tensor, and the target's tensor that holds them.
 
-    Native targets store some non-expert tensors split, or with permuted rows: some dense types fuse
-    the attention matrices, or rotate adjacent rows of a head where most rotate its halves.
+    Some dense types fuse attention matrices, or rotate adjacent rows of a head instead of its
+    halves. Native targets store these tensors split, or with permuted rows.
     """
 
     name: str
@@ -57,7 +56,7 @@ _KEYS_OR_VALUES = re.compile(r"(\d+)\.self_attn\.[kv]_(proj|norm)\.weight")
 
 @dataclass(frozen=True)
 class DenseFamily:
-    """A dense model type: a row of `DENSE`, which states what differs from llama."""
+    """A dense model type: a row of `DENSE` with what differs from llama."""
 
     model_type: str
     _: KW_ONLY
@@ -65,8 +64,8 @@ class DenseFamily:
     """Whether shipped code supports it."""
     mlp: tuple[Weight, ...] = swiglu("mlp")
     norm: str | tuple[str, ...] | None = "post_attention_layernorm.weight"
-    """The weight of the norm before the MLP: of several names the first that a layer has; None if
-    the MLP reads the residual stream, or if the norm has no weight."""
+    """The weight of the norm before the MLP, or several possible names; None without a norm or
+    without a weight."""
     norm_offset: float = 0.0
     """What the norm adds to its weight: 1 for LayerNorm1P and Gemma."""
     layer: str = LAYER_PREFIX
@@ -77,29 +76,29 @@ class DenseFamily:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Common config keys (hidden_size, …) with the names that this type uses instead."""
     old_keys: Mapping[str, str] = field(default_factory=dict)
-    """Former config keys with their present names; if a config has both, the former counts."""
+    """Old config keys with their present names; if a config has both, the old key counts."""
     width: Callable[[Mapping[str, Any]], int] = lambda values: int(values["intermediate_size"])
     """Computes I from the effective values."""
     layers_differ: bool = False
     """Whether layers have different tensors before their MLPs."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of tensor names on disk with their in-memory replacement; shipped code uses these."""
+    """Parts of tensor names on disk with their in-memory replacement, which shipped code uses."""
     pieces: Pieces = field(default_factory=dict)
     """Non-expert tensors that native targets store in another form."""
     mlp_block: str | None = None
-    """The kind (layers_block_type) of MLP layers, if MLPs are layers of their own."""
+    """The kind (layers_block_type) of MLP layers, if MLPs are separate layers."""
     windows: Callable[[defaults.ConfigValues, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
     """The native targets; the one that most software loads comes first."""
     attention_was_tested: bool = False
     """Whether engines were tested with its attention, which is the same in all its models."""
     has_obsolete_code: bool = False
-    """Whether released models carry code that transformers now has itself."""
+    """Whether released models ship code that is now part of transformers."""
     inside: Inside | None = None
-    """The wrapper around it, if any; tensor names are then those in the wrapper."""
+    """The wrapper around it, if any; tensor names are then the wrapper's."""
 
     def with_current_keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a config with former keys renamed."""
+        """Return a config with old keys renamed."""
         stated = {new: config[old] for old, new in self.old_keys.items() if old in config}
         return {key: value for key, value in config.items() if key not in self.old_keys} | stated
 
@@ -227,7 +226,7 @@ class DenseModel(Compact):
 
 
 def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
-    """Return what a text model's config means; raises UpcycleError for invalid values."""
+    """Return the model that a text config describes; raises UpcycleError for invalid values."""
     config = family.with_current_keys(config)
     values = defaults.ConfigValues(config, family.model_type, family.keys)
     if family.mlp_block is None:

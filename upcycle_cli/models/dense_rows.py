@@ -28,8 +28,8 @@ def _gemma4_width(values: Mapping[str, Any]) -> int:
     """Return I if all layers have the same."""
     if values["use_double_wide_mlp"] and values["num_kv_shared_layers"]:
         raise UpcycleError(
-            "config.json: use_double_wide_mlp makes some MLPs twice as wide as others, and the "
-            "experts of all layers have one size."
+            "config.json: use_double_wide_mlp makes some MLPs twice as wide, but all experts need "
+            "one size."
         )
     return int(values["intermediate_size"])
 
@@ -92,7 +92,7 @@ _INTERLEAVED: Pieces = {
     for matrix, rows in (("q", _QUERIES), ("k", _KEYS))
     for kind in ("weight", "bias")
 }
-"""From rotating row 2i of a head against row 2i + 1, to rotating i against i + half."""
+"""Changes the rotation of rows 2i and 2i + 1 of a head to rows i and i + half."""
 
 _UP_DOWN = linear_layers("", "mlp.up_proj", "mlp.down_proj")
 _GATE_UP = gated_linear("mlp.gate_up_proj", "mlp.down_proj")

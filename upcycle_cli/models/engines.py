@@ -38,7 +38,7 @@ from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
 class Support(StrEnum):
-    """What happens when an engine or a trainer loads a model."""
+    """Whether an engine or a trainer handles a model, in words that follow its name."""
 
     RUNS = "runs"
     PER_EXPERT_ONLY = "needs --expert-layout per-expert"
@@ -63,14 +63,14 @@ class Engine:
 ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 """In the order in which they are listed, after transformers 5."""
 OTHERS = ("vLLM by transformers", "lm-eval", "mergekit")
-"""Software that runs models through another engine, or runs none: listed only if it fails."""
+"""Software without an engine of its own: listed only if it fails."""
 SAME, DIFFERS, FAILS = "same", "differs", "fails"
 """Verdicts: the engine generated the dense model's text, another text, or none."""
 DIFFERS_ON_CPU, CHANGED = "differs on a CPU", "changed"
 FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
 SCALED, SHARED = "scaled", "shared"
-"""Properties of a model, beside its routing, that an engine may not support: experts in one tensor,
-a tied head, layers with a dense MLP, a gate factor in the config, a shared expert in use."""
+"""Properties that an engine may not support: experts in one tensor, a tied head, layers that stay
+dense, a gate factor in the config, a shared expert in use."""
 _LOSS, _NO_LOSS = "loss", "no loss"
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type with shipped code."""
@@ -183,7 +183,7 @@ class Trainer(Engine):
     """What is known of a trainer and one model."""
 
     settings: str
-    """What to set: the rest of a sentence that begins with the trainer's name."""
+    """What to set, in words that follow the trainer's name."""
     precision: str
     """Whether it keeps float32 master weights, and what to set for them."""
 

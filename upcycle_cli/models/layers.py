@@ -1,4 +1,4 @@
-"""Which layers become mixtures of experts: the --layers option, and how each config states it."""
+"""Which layers become mixtures of experts: the choice `layers`, and how each config states it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _EVERY = re.compile(r"every:(\d{1,6})")
 
 
 def parse_layers(text: str | None, having: _Layers, num_layers: int) -> tuple[int, ...]:
-    """Return the layers that --layers selects from those `having` an MLP; None selects all.
+    """Return the selected layers of those `having` an MLP; None selects all.
 
-    `4-31` and `4-` are ranges, commas separate several, and `every:2` is every second layer that
-    has an MLP, from the first. Raises UpcycleError for other text and for a layer without an MLP.
+    `4-31` and `4-` are ranges, commas separate several, and `every:2` is every second layer with an
+    MLP. Raises UpcycleError for other text and for a layer without an MLP.
     """
     if text is None:
         return tuple(having)
@@ -41,8 +41,8 @@ def parse_layers(text: str | None, having: _Layers, num_layers: int) -> tuple[in
         found = [layer for layer in range(start, last + 1) if layer in having]
         if not found:
             raise UpcycleError(
-                f"layer {item.strip()} has no dense MLP to make experts of.",
-                f"These have one: {format_layers(having)}.",
+                f"layer {item.strip()} has no dense MLP.",
+                f"Choose from layers {format_layers(having)}.",
             )
         chosen.update(found)
     return tuple(sorted(chosen))
@@ -80,17 +80,17 @@ class LayerChoice:
     write: Callable[[_Layers, Sequence[str]], dict[str, Any]]
     """From the MoE layers, and the kinds of all dense layers, to config keys."""
     read: Callable[[_Config, int], Iterable[int]]
-    """From a config with its defaults, and its number of layers, to the MoE layers. Raises any of
+    """From a config with defaults, and its number of layers, to the MoE layers. Raises any of
     _INVALID for an inconsistent config."""
     limits: str = ""
-    """Which layers the keys can state, if not any: the end of "X cannot express this model: …"."""
+    """The limits of the keys, to follow "X cannot express this model: …"."""
     count: Callable[[_Config], int | None] = lambda _: None
     """The number of layers; None if num_hidden_layers states it."""
     mlps: Callable[[_Config], int | None] = lambda _: None
     """How many layers are MLPs or mixtures of experts; None if all are."""
 
     def objection(self, layers: _Layers, kinds: Sequence[str]) -> str | None:
-        """Return why a config cannot state these layers, or None if it reads what it writes."""
+        """Return why a config cannot state these layers, or None if it can."""
         if not self.limits or not layers:
             return None
         read = self.read(self.write(layers, kinds), len(kinds))

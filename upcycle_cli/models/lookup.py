@@ -1,4 +1,4 @@
-"""Find the rows for a config: the dense family of a source, or the target that an MoE is of."""
+"""Find the rows for a config: the dense family of a source, or the target of an MoE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 REFUSED: Mapping[str, str] = table("refused")
-"""Dense model types that cannot be upcycled, with reasons: "X cannot be upcycled: …"."""
+"""Dense model types that are not supported, with reasons: "X cannot be upcycled: …"."""
 _HINT = "`upcycle families` lists the supported model types."
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
@@ -64,7 +64,7 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
 
 
 def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseModel:
-    """Return what a dense config means; see `dense_family` for `names` and errors."""
+    """Return the model of a dense config; see `dense_family` for `names` and errors."""
     return read_dense(dense_family(config, names), wrappers.text_config_of(config))
 
 
@@ -74,19 +74,19 @@ def targets_of(family: DenseFamily) -> tuple[str, ...]:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether a config's model type, or the wrapper that it is of, has a row."""
+    """Whether a config's model type or its wrapper has a row."""
     return str(config.get("model_type")) in DENSE or wrappers.wrapper_of(config) is not None
 
 
 def is_moe(config: Mapping[str, Any]) -> bool:
-    """Whether a config describes a mixture of experts of any architecture."""
+    """Whether a config describes an MoE of any architecture."""
     config = wrappers.text_config_of(config)
     model_type = str(config.get("model_type"))
     if model_type in DENSE and model_type in NATIVE:
         try:
             return bool(NATIVE[model_type].moe_layers(config, 1))
         except ValueError:
-            return False  # reading the config as a dense one raises this error again
+            return False  # reading the dense config raises this error again
     if config.get("is_moe") is False:
         return False
     return is_target(config) or any(config.get(key) for key in _EXPERT_COUNTS)
@@ -140,7 +140,7 @@ def upcycled_family(config: Mapping[str, Any], names: Collection[str] = ()) -> D
 
 
 def native_target(name: str, inside: wrappers.Inside | None) -> Target:
-    """Return the row of an architecture of transformers, adapted to its wrapper if it has one."""
+    """Return the row of an architecture of transformers, inside its wrapper if it has one."""
     if inside is None:
         return NATIVE[name]
     target = WRAPPED_TARGETS[name] if name in WRAPPED_TARGETS else NATIVE[name]
@@ -225,8 +225,7 @@ def _inside(row: DenseFamily, inside: wrappers.Inside) -> DenseFamily:
 def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
     """Return the row of an MoE that can be grown; `names` are its tensors.
 
-    Raises UpcycleError for a dense or quantised model, an unsupported architecture, and a model
-    that would not compute the same with copied experts.
+    Raises UpcycleError for a dense or quantised model, and if copied experts would be inexact.
     """
     model_type = config.get("model_type")
     if not is_moe(config):
@@ -246,8 +245,7 @@ def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
         # The score of a group is the sum of its two best experts, which would be two copies.
         raise UpcycleError(
             f"tokens choose {chosen} of {groups} groups of experts (n_group, topk_group) by the "
-            "two best experts of each group. With copied experts those are one expert and its "
-            "copy, so tokens would choose other groups.",
+            "two best experts of each group. With copied experts they would choose other groups.",
             "Only models with one group, or with all groups chosen, can be grown.",
         )
     return target

@@ -1,8 +1,7 @@
-"""An MLP as data: the tensors that hold its matrices, in a dense layer and in experts alike.
+"""An MLP as data: the tensors that hold its matrices, in dense layers and in experts.
 
-A part is gate, up or down, or the bias of one of them. A weight is one tensor and holds one or
-several parts, concatenated along the dimension of the intermediate size. Shards, fused layouts and
-the location of every expert follow from that.
+A part is gate, up or down, or the bias of one of them. A weight is one tensor with one or several
+parts, concatenated along the intermediate size.
 
 Legend: N experts, H hidden size, I intermediate size (of the dense MLP, or of one expert).
 """
@@ -27,13 +26,13 @@ class Weight:
     """One tensor of an MLP."""
 
     name: str
-    """Within its layer. Each expert has its own tensor if the name contains `{expert}`; otherwise
-    experts are stacked (N, …)."""
+    """Within its layer. Experts are separate tensors if the name contains `{expert}`, or else one
+    tensor (N, …)."""
     parts: tuple[str, ...]
     """The parts it holds, in order along `split_dim`."""
     split_dim: int | None
-    """The dimension of the intermediate size, counted without the dimension of a stack; None for a
-    down bias, which every shard needs whole."""
+    """The dimension of the intermediate size, not counting N; None for a down bias, which is not
+    split."""
 
     @property
     def is_bias(self) -> bool:
@@ -129,10 +128,7 @@ def matrices_of(weights: Sequence[Weight]) -> tuple[Weight, ...]:
 
 
 def degree(parts: Collection[str], activation: str) -> int:
-    """Return d such that scaling up by a scales the MLP's output by a**d; 0 if there is none.
-
-    down(act(gate·x) ⊙ up·x) is linear in up for every activation.
-    """
+    """Return d such that scaling up by a scales the MLP's output by a**d; 0 if there is none."""
     if "gate" in parts:
         return 1
     return {"relu": 1, "linear": 1, "relu2": 2}.get(activation, 0)

@@ -1,7 +1,6 @@
-"""MoE architectures: the form of a target's row, and how its configs and tensors are read.
+"""MoE architectures: the row of a target, and how to read its configs and tensors.
 
-A row states tensor names, config keys, what the architecture can express, and in small functions
-the settings that its config needs and why it cannot express a model.
+A row has tensor names, config keys, and small functions for its limits and settings.
 """
 
 from __future__ import annotations
@@ -64,18 +63,18 @@ class Keys:
     top_k: str = "num_experts_per_tok"
     expert_size: str = "moe_intermediate_size"
     expert_size_copy: str | None = None
-    """A second key of the same value, which some engine reads."""
+    """A second key for the same value, which some engine reads."""
     dense_size: str = "intermediate_size"
     """The intermediate size of layers that stay dense."""
     routing: tuple[str, Mapping[Any, Routing]] | None = None
-    """The key of the routing and the meaning of its values; None if the routing is fixed."""
+    """The key of the routing with the meaning of its values; None if the routing is fixed."""
     scale: str | None = None
     """The factor by which the model multiplies its gates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpert:
-    """An expert that sees every token. If it is `required` but unused, its output is zero."""
+    """An expert for every token. If it is `required` but unused, its output is zero."""
 
     router: str | None = None
     """Its own gate: the sigmoid of one row, which is 1/2 for a zero row."""
@@ -146,7 +145,7 @@ class Target(Compact):
 
     model_type: str
     routings: tuple[Routing, ...] = (Routing.TOPK_SOFTMAX,)
-    """The routings it can express; the first is the default, and what released models use."""
+    """The possible routings; the first is the default, as in released models."""
     layouts: Mapping[ExpertLayout, MoeBlock]
     """The first is the default, the last is what transformers 5 has in memory."""
     keys: Keys
@@ -164,18 +163,18 @@ class Target(Compact):
     shared: SharedExpert | None = None
     extra_tensors: tuple[ExtraTensor, ...] = ()
     keeps_mlp: bool = False
-    """Whether a layer has an MLP beside its experts, each between its own norms, as in gemma4.
+    """Whether layers have an MLP beside the experts, each between its own norms, as in gemma4.
     The router then reads the input of the norms."""
     required_biases: tuple[str, ...] = ()
     """Linear layers that need a bias tensor even if the source has none."""
     unsupported_tensors: Mapping[str, str] = field(default_factory=dict)
-    """Tensors of a dense layer that it cannot hold, with the reason in words."""
+    """Tensors of a dense layer that it cannot hold, with the reason."""
     refusal: Callable[[DenseModel], str | None] = lambda _: None
     """Returns why it cannot express a model, or None if it can."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Config keys that have the same value for every model."""
     settings: Callable[[DenseModel], dict[str, Any]] = lambda _: {}
-    """Returns the config keys that it needs beside these and those shared with the dense type."""
+    """Returns the other config keys that it needs and that the dense type lacks."""
     inside: Inside | None = None
     """The wrapper around it, if any; tensor names are then the wrapper's."""
 

@@ -1,7 +1,7 @@
-"""The MoE's config.json: the source's, plus what the target needs.
+"""The MoE's config.json: the source's config and the keys of the target.
 
-Defaults differ between model types, so for native targets every effective value is written.
-Shipped code uses its family's own config class and needs only its own keys.
+Defaults differ between model types, so for native targets every effective value is written. Shipped
+code uses the config class of its family and needs only its own keys.
 """
 
 from __future__ import annotations
@@ -69,10 +69,7 @@ def remove_local_path(config: dict[str, Any]) -> None:
 
 
 def _text_config(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
-    """Return the config of the MoE's text model, which is the whole model unless it is wrapped.
-
-    The keys that state the recipe are not among it.
-    """
+    """Return the config of the MoE's text model, without the keys of the recipe."""
     # transformers treats these as aliases: "num_experts": 0 would override num_local_experts.
     dropped = {*_EXPERT_KEYS, *target.keys.aliases}
     result = {key: value for key, value in config.items() if key not in dropped}
@@ -131,8 +128,8 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
 def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the old keys for rope settings that are copied from `rope_parameters`.
 
-    These are settings of wrapped text models with multidimensional positions. Old keys cannot
-    express settings per kind of layer.
+    Wrapped text models with multidimensional positions need this. Old keys cannot express settings
+    per kind of layer.
     """
     rope = config.get("rope_parameters")
     if config.get("rope_scaling") or not isinstance(rope, dict) or "rope_theta" not in rope:

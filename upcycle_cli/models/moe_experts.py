@@ -1,4 +1,4 @@
-"""The experts of an existing MoE: their sizes by its config, and their tensors.
+"""The experts of an existing MoE: their sizes and their tensors.
 
 Legend: N experts, H hidden size, I expert intermediate size.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a checkpoint, by its config and its tensors' names, and how to read them."""
+    """The experts of a checkpoint, and how to read them."""
 
     moe: Checkpoint
     target: Target
@@ -62,7 +62,7 @@ class Experts:
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """The parts of an expert, biases among them if the experts have some."""
+        """The parts of an expert, including biases if it has some."""
         return parts_of(self._weights(self.layers[0]))
 
     def name(self, layer: int, name: str) -> str:
@@ -70,7 +70,7 @@ class Experts:
         return self.target.prefix(layer) + name
 
     def group_size(self, reader: Reader, layer: int) -> int:
-        """Return how many neighbouring experts share a router row; 1 when that is uneven."""
+        """Return how many neighbouring experts have equal router rows; 1 if that varies."""
         rows = [bytes(raw_bytes(row)) for row in self.router(reader, layer)]
         runs = {len(list(run)) for _, run in groupby(rows)}
         return runs.pop() if len(runs) == 1 else 1
@@ -104,7 +104,7 @@ class Experts:
 
     @property
     def shared_width(self) -> int:
-        """The intermediate size of the shared expert by the config; 0 where there is none."""
+        """The intermediate size of the shared expert in the config; 0 without one."""
         shared, config = self.target.shared, text_config_of(self.moe.config)
         if shared is None:
             return 0
@@ -116,7 +116,7 @@ class Experts:
 
     @cached_property
     def shares(self) -> bool:
-        """Whether a shared expert does something: by the recorded recipe, else if there is one."""
+        """Whether a shared expert contributes, by the recorded recipe or else by its existence."""
         storage = self.moe.storage
         record = read_json(storage.local(RECORD_NAME)) if storage.has(RECORD_NAME) else {}
         recipe = record.get("recipe")
@@ -125,7 +125,7 @@ class Experts:
         return self.shared_width > 0
 
     def shared_part(self, reader: Reader, layer: int, part: str) -> torch.Tensor | None:
-        """Return one part of the shared expert, None where it is not there."""
+        """Return one part of the shared expert; None if it is missing."""
         weights = self.target.layouts[self.layout].shared
         if part not in parts_of(weights):
             return None
@@ -134,7 +134,7 @@ class Experts:
         return _read(self.moe, reader, name)[found.index] if name in self.moe.tensors else None
 
     def shared_works(self, reader: Reader, layer: int) -> bool:
-        """Whether the shared expert of a layer puts out anything."""
+        """Whether the shared expert of a layer has a nonzero output."""
         norm = None if self.target.shared is None else self.target.shared.norm
         if norm is not None:
             return bool(_read(self.moe, reader, self.name(layer, norm)).any())
@@ -142,7 +142,7 @@ class Experts:
         return down is not None and bool(down.any())
 
     def cut(self, part: str) -> int | None:
-        """Return the dimension of a part that counts neurons in memory; None for a down bias."""
+        """Return the dimension of a part's neurons in memory; None for a down bias."""
         return find_weight(self.target.in_memory.experts, part).split_dim
 
     def _weights(self, layer: int) -> tuple[Weight, ...]:
@@ -151,7 +151,7 @@ class Experts:
 
 
 def find_experts(moe: Checkpoint) -> Experts:
-    """Return the experts of an MoE; raises UpcycleError when its config makes no sense."""
+    """Return the experts of an MoE; raises UpcycleError for an invalid config."""
     config, target = text_config_of(moe.config), target_of(moe.config, moe.tensors)
     try:
         keys = target.keys.num_experts, target.keys.top_k, target.keys.expert_size
@@ -161,7 +161,7 @@ def find_experts(moe: Checkpoint) -> Experts:
         rows = max((entry.shape[0] for entry in entries if entry.shape), default=0)
         # Building a model with more layers or experts than tensors would take forever.
         if num_layers > len(entries) or num_experts > max(len(entries), rows):
-            words = f"{num_layers} layers of {num_experts} experts are more than there are tensors"
+            words = f"{num_layers} layers of {num_experts} experts are more than all tensors"
             raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
         layers = target.moe_layers(config, num_layers)
         routing = target.routing(config)
@@ -178,12 +178,12 @@ def find_experts(moe: Checkpoint) -> Experts:
 def _read(
     checkpoint: Checkpoint, reader: Reader, name: str, num_experts: int | None = None
 ) -> torch.Tensor:
-    """Return a tensor; if a number of experts is given, the first dimension must match it."""
+    """Return a tensor; `num_experts` is the expected first dimension, if any."""
     if name not in checkpoint.tensors:
         raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
     dtype = checkpoint.tensors[name].dtype
     if dtype not in TORCH_DTYPES:
-        raise UpcycleError(f"{checkpoint.path}: {name} is stored as {dtype}, which is not read.")
+        raise UpcycleError(f"{checkpoint.path}: {name} is stored as {dtype}, which cannot be read.")
     tensor = reader.tensor(name)
     if num_experts is not None and tensor.shape[:1] != (num_experts,):
         raise UpcycleError(

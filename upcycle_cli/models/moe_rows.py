@@ -1,4 +1,4 @@
-"""The MoE architectures of transformers: one row of data for each that dense models can become."""
+"""The MoE architectures of transformers that dense models can become, one row of data each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Functions that rows of MoE architectures name: settings, and refusals.
+"""Functions of the rows of MoE architectures: settings, and refusals.
 
-A function named after an architecture returns config keys that depend on the dense model. A refusal
-returns the rest of the sentence "X cannot express this model: …", or None.
+Those named after an architecture return config keys for a dense model. A refusal returns the end of
+"X cannot express this model: …", or None.
 """
 
 from __future__ import annotations

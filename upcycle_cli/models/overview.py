@@ -1,4 +1,4 @@
-"""What `upcycle families` lists, and the part of it that concerns one model."""
+"""The supported model types and targets, and what one model can become."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TargetFacts:
     trainers: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
     """The trainers that take it, with the routings they support."""
     balanced: str = ""
-    """What balances experts in training in transformers: an auxiliary loss, a bias, nothing."""
+    """How transformers balances the experts in training: auxiliary loss, bias or nothing."""
     shared_experts: str = ""
     """How many shards can be a shared expert: any, 1, none."""
     scaled_by: tuple[str, ...] = ()

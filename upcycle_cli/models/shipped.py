@@ -1,7 +1,7 @@
-"""The code inside a converted model for which transformers has no MoE class.
+"""The code that ships with a converted model for which transformers has no MoE class.
 
-A model gets the text of `modeling_upcycled.py` with the three classes of its dense family imported.
-The module is read as text, since importing it takes torch and transformers.
+It is the text of `modeling_upcycled.py`, with imports of the three classes of the dense family. The
+module is read as text, since importing it needs torch and transformers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Wrappers: vision models whose text model is one of the families.
 
-A wrapper is a row of data, composed with the rows of its text model and of the target: tensor names
-get another prefix, and the text model's settings move to `text_config`. Only the text model's MLPs
-become experts; the vision tower and the projector are copied.
+A wrapper is a row of data that is combined with the rows of its text model and of the target.
+Tensor names get another prefix, and the text model's settings move to `text_config`. Only the text
+model's MLPs become experts; the vision tower and the projector are copied.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NamePrefixes:
 
 
 IN_MEMORY_PREFIXES = NamePrefixes("model.language_model.", HEAD, MODEL_PREFIX)
-"""What transformers 5 has in memory for every wrapper, and also reads."""
+"""The names of every wrapper in memory of transformers 5, which also reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,9 @@ class Wrapper:
     has_balancing_loss: bool = True
     """Whether its native classes add the text model's auxiliary loss in training."""
     tied: bool = False
-    """Whether the head is tied to the embedding if its config does not say."""
+    """Whether the head is tied to the embedding by default."""
     ties_by_text: bool = False
-    """Whether the head is also tied if the text model's config says so."""
+    """Whether the text model's config can tie the head, too."""
     is_flat: bool = False
     """Whether its config may hold the text model's settings at the top level."""
     renamed: tuple[tuple[str, str], ...] = ()
@@ -199,8 +199,8 @@ def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
 def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config of a wrapper's text model; any other config is returned as it is.
 
-    `tie_word_embeddings` of the result says whether the whole model ties its head. Raises
-    UpcycleError if text_config is not an object.
+    `tie_word_embeddings` of the result is that of the whole model. Raises UpcycleError if
+    text_config is not an object.
     """
     wrapper = wrapper_of(config)
     if wrapper is None:
@@ -219,10 +219,10 @@ def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def with_text_config(
     config: Mapping[str, Any], text: dict[str, Any], native: str | None, *, tied: bool
 ) -> dict[str, Any]:
-    """Return a wrapper's config with `text` as its text model's, and copies of nested configs.
+    """Return a wrapper's config with `text` for the text model, and copies of nested configs.
 
-    `native` is the new model type of the wrapper if transformers has one; `tied` says whether the
-    head is tied to the embedding.
+    `native` is the wrapper's new model type, if transformers has one; `tied` is whether the head is
+    tied to the embedding.
     """
     wrapper = _BY_TYPE[config["model_type"]]
     result = dict(config) | {part: dict(config[part]) for part in nested_configs(config)}
