@@ -378,7 +378,7 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "5GB×8"), "is not a size"),
         (("inspect", "DENSE", "--max-params", "5MB"), "write 50B or 700M"),
         (("convert", "DENSE", "OUT", *RECIPE, "--rest", "mean"), "--experts-from MODEL"),
-        (("convert", "DENSE", "OUT", *RECIPE, "--private"), "--push-to-hub REPO"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--private"), "--push-to-hub ORG/NAME"),
         (("convert", "", "OUT", *RECIPE), "it is empty"),
         (("convert", "DENSE", "OUT", *RECIPE, "--calibration", ""), "it is empty"),
         (("covert",), "Did you mean convert?"),

@@ -6,6 +6,7 @@ Imports inside functions and for types count like any other.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -23,6 +24,10 @@ ORDER = (
 """From the bottom to the top; a package or module imports only from those before it."""
 PUBLIC = ("", "__main__")
 """What users call and import: the public API in __init__.py, and the entry point."""
+WITH_FLAGS = {
+    *("publish.card", "recipe.recipe_file", "write.staging", "run.models", "models.engines"),
+}
+"""These write whole commands, or what an engine needs."""
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     .removesuffix("__init__")
@@ -107,3 +112,14 @@ def test_the_outputs_check_shares_nothing_with_planner_and_writer() -> None:
         new = {module for name in new for module in GRAPH[name]} - found
     shared = {name for name in found if name.partition(".")[0] in ("plan", "write", "api")}
     assert shared == {"plan.texts"}  # which reads texts and prompts
+
+
+def test_messages_below_the_command_line_name_arguments_and_no_flags() -> None:
+    found = set()
+    for module, path in MODULES.items():
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docs = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        texts = {node for node in nodes if isinstance(node, ast.Constant)} - docs
+        if any(re.search(r"(?<![\w-])--[a-z]", str(node.value)) for node in texts):
+            found.add(module)
+    assert {name for name in found if not name.startswith("cli.")} == WITH_FLAGS

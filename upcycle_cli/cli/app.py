@@ -118,7 +118,7 @@ def _root(
 
     Start with `upcycle demo`, which needs no model and no network.
 
-    Variables can set options, too, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
+    Environment variables can set options, such as UPCYCLE_CONVERT_RECIPE=E8G1T2.
     """
     # Options can be set as UPCYCLE_CONVERT_RECIPE; UPCYCLE_VERSION is left alone, since other
     # tools are likely to set it.

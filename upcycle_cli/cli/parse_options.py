@@ -216,7 +216,7 @@ def to_destination(
         return Destination(repo=repo, revision=revision, private=private, create_pr=create_pr)
     if private or create_pr or revision is not None:
         words = "--private, --create-pr and --push-revision need --push-to-hub."
-        raise UpcycleError(words, "Add --push-to-hub REPO.")
+        raise UpcycleError(words, "Add --push-to-hub ORG/NAME.")
     return None
 
 
