@@ -9,7 +9,7 @@ import shlex
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from conftest import (
@@ -27,12 +27,12 @@ from typer.testing import CliRunner, Result
 
 from upcycle_cli.cli import options
 from upcycle_cli.cli.app import app
-from upcycle_cli.cli.options import Dtype, RoutingName
 from upcycle_cli.recipe.recipe import (
     SHIPPED,
     ExpertLayout,
     NeuronOrder,
     RouterInit,
+    Routing,
     ScaleSplit,
     Scaling,
 )
@@ -95,8 +95,8 @@ def test_help_in_two_levels_fits_any_screen(command: str) -> None:
 @pytest.mark.parametrize(
     ("option", "choices"),
     [
-        ("routing", get_args(RoutingName)),
-        ("dtype", get_args(Dtype)),
+        ("routing", ["auto", *Routing]),
+        ("dtype", ["auto", "bfloat16", "float16", "float32"]),
         ("scaling", [*Scaling]),
         ("scale_split", [*ScaleSplit]),
         ("expert_layout", [*ExpertLayout]),

@@ -107,7 +107,7 @@ def test_a_tied_model_may_carry_its_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"dtype": "int8"}, "'int8' is not a dtype for weights"),
+        ({"dtype": "int8"}, "`dtype` cannot be 'int8'"),
         ({"max_shard_bytes": 0}, "must be positive"),
         ({"expert_layout": "per_expert"}, "`expert_layout` cannot be 'per_expert'"),
     ],

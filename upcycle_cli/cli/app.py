@@ -79,10 +79,6 @@ def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
         return f"there is no option {error.option_name}. {did_you_mean(error.option_name, flags)}"
     if match := re.match("No such command '(.*?)'", words):
         return f"there is no command {match[1]}. {did_you_mean(match[1], _COMMANDS)}"
-    if "is not one of" in words:
-        value, *choices = re.findall(r"'([^']*)'", error.message)
-        known = f"Choose from {', '.join(choices)}."
-        return f"{error.param.opts[0]} cannot be {value!r}. {did_you_mean(value, choices) or known}"
     return re.sub(r", unable to parse .*", ".", words)  # pydantic's words
 
 

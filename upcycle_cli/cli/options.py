@@ -9,14 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import typer
-
-from upcycle_cli.recipe.recipe import ExpertLayout, ScaleSplit
-
-RoutingName = Literal["auto", "softmax-topk", "topk-softmax", "sigmoid-topk"]
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 _PATHS = {"FILE", "MODEL"}
 """The metavars of options that take a path."""
@@ -85,7 +80,7 @@ class MoeOptions:
     recipe: str | None = _moe("recipe", None)
     expand: int | None = _moe("expand", None)
     target: str = _moe("target", "auto")
-    routing: RoutingName = _moe("routing", "auto")
+    routing: str = _moe("routing", "auto")
     layers: str | None = _moe("layers", None)
     shared_experts: int = _moe("shared_experts", 0)
     expansion: int | None = _moe("expansion", None)
@@ -95,15 +90,15 @@ class MoeOptions:
     calibration: Path | None = _moe("calibration", None)
     seed: int = _moe("seed", 0)
     scaling: str = _moe("scaling", "exact")
-    scale_split: ScaleSplit | None = _moe("scale_split", None)
+    scale_split: str | None = _moe("scale_split", None)
     virtual_groups: bool = _moe("virtual_groups", True)
     router_logit_std: float | None = _moe("router_logit_std", None)
     neuron_order: str = _moe("neuron_order", "sliced")
     noise: float = _moe("noise", 0.0)
     reinit: float = _moe("reinit", 0.0)
-    dtype: Dtype = _moe("dtype", "auto")
+    dtype: str = _moe("dtype", "auto")
     max_shard_size: str = _moe("max_shard_size", "5GB")
-    expert_layout: ExpertLayout | None = _moe("expert_layout", None)
+    expert_layout: str | None = _moe("expert_layout", None)
     untie_embeddings: bool = _moe("untie_embeddings", False)
 
 

@@ -14,8 +14,10 @@ import typer  # noqa: TC002 - it reads the annotations of a callback
 
 from upcycle_cli.cli.options import MoeOptions, read_path
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.text import did_you_mean, shell_line
+from upcycle_cli.core.text import choose_from, shell_line
+from upcycle_cli.recipe.options import member
 from upcycle_cli.recipe.recipe import (
+    ExpertLayout,
     Growth,
     NeuronOrder,
     Recipe,
@@ -157,8 +159,8 @@ def file_of(value: str, names: type[StrEnum]) -> Path | None:
         return None
     if not Path(value).is_file():
         choices = [name for name in names if name not in {"file", "prompts"}]
-        words = f"'{value}' is not a safetensors file, nor one of {', '.join(choices)}."
-        raise UpcycleError(words, did_you_mean(value, choices))
+        hint = f"{choose_from(value, choices)} Or give a safetensors file."
+        raise UpcycleError(f"there is no file '{value}'.", hint)
     return Path(value)
 
 
@@ -183,9 +185,10 @@ def to_options(moe: MoeOptions) -> Options:
     """Return the options for the output files; UpcycleError for a bad size."""
     from upcycle_cli.plan.output import Options
 
+    layout = moe.expert_layout
     return Options(
         dtype=None if moe.dtype == "auto" else moe.dtype,
-        expert_layout=moe.expert_layout,
+        expert_layout=None if layout is None else member(ExpertLayout, layout, "expert_layout"),
         max_shard_bytes=_number(
             "--max-shard-size", moe.max_shard_size, _SIZE, "a size; write 5GB or 500MB"
         ),
@@ -197,7 +200,7 @@ def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeR
     """Return the models to merge, None for a single one; UpcycleError for options without them."""
     from upcycle_cli.plan.merge import MergeRequest, NonExpertWeights
 
-    kept = NonExpertWeights(rest)
+    kept = member(NonExpertWeights, rest, "rest")
     if experts_from:
         return MergeRequest(experts_from=experts_from, rest=kept, source_too=source_too)
     if kept is not NonExpertWeights.FIRST or not source_too:

@@ -59,6 +59,12 @@ def listed(values: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
     return [values] if isinstance(values, str | Path) else values
 
 
+def choose_from(value: object, choices: Iterable[str]) -> str:
+    """Return the advice for a wrong choice: the closest one, and all."""
+    names = [*choices]
+    return f"{did_you_mean(str(value), names)} Choose from {', '.join(names)}.".strip()
+
+
 def counted(number: int, noun: str) -> str:
     """Return a count in words: 1 shard, 12 shards."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.text import did_you_mean
+from upcycle_cli.core.text import choose_from
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel, Pieces
 from upcycle_cli.models.layers import parse_layers
@@ -63,11 +63,9 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        hint = f"Choose `target` from auto, {', '.join(options)}."
-        if target in NATIVE:
-            raise UpcycleError(f"{family.title} cannot become {target}.", hint)
-        hint = f"{did_you_mean(target, options)} {hint}".strip()
-        raise UpcycleError(f"unknown target {target!r}.", hint)
+        known = f"{family.title} cannot become {target}."
+        what = known if target in NATIVE else f"unknown target {target!r}."
+        raise UpcycleError(what, choose_from(target, ("auto", *options)))
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
     reasons: dict[str, str] = {}

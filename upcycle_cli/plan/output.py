@@ -10,6 +10,7 @@ from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
 from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.core.text import choose_from
 from upcycle_cli.plan.expressions import Cast, Expr, type_of
 from upcycle_cli.recipe.options import ExpertLayout, check_types
 
@@ -102,10 +103,8 @@ class Options:
     def __post_init__(self) -> None:
         check_types(self)
         if self.dtype is not None and self.dtype not in TORCH_DTYPES.values():
-            raise UpcycleError(
-                f"'{self.dtype}' is not a dtype for weights.",
-                f"Use one of {', '.join(TORCH_DTYPES.values())}.",
-            )
+            hint = choose_from(self.dtype, TORCH_DTYPES.values())
+            raise UpcycleError(f"`dtype` cannot be {self.dtype!r}.", hint)
         if self.max_shard_bytes < 1:
             size = self.max_shard_bytes
             raise UpcycleError(f"the size of shards must be positive, not {size}.")

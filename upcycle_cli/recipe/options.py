@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.text import any_of, did_you_mean
+from upcycle_cli.core.text import any_of, choose_from
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -106,8 +106,7 @@ def member(kind: type[_Choice], value: str, name: str) -> _Choice:
     try:
         return kind(value)
     except ValueError:
-        hint = f"{did_you_mean(str(value), kind)} Choose from {', '.join(kind)}.".strip()
-        raise UpcycleError(f"`{name}` cannot be {value!r}.", hint) from None
+        raise UpcycleError(f"`{name}` cannot be {value!r}.", choose_from(value, kind)) from None
 
 
 @cache

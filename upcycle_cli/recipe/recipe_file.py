@@ -15,7 +15,7 @@ from pathlib import Path
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import is_in, read_small, write_whole
-from upcycle_cli.core.text import did_you_mean, shell_line
+from upcycle_cli.core.text import choose_from, shell_line
 
 Value = str | int | float | bool | list[str]
 
@@ -46,8 +46,7 @@ def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
         name = key.replace("-", "_")
         if name not in known:
             options = sorted(option.replace("_", "-") for option in known)
-            hint = did_you_mean(key, options) or f"There are: {', '.join(options)}."
-            raise UpcycleError(f"{path}: '{key}' is not an option.", hint)
+            raise UpcycleError(f"{path}: '{key}' is not an option.", choose_from(key, options))
         if known[name] is Kind.LIST:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise UpcycleError(f"{path}: {key} must be a list of strings.")

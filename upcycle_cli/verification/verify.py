@@ -27,7 +27,7 @@ from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsaf
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import reuse_freed_memory
-from upcycle_cli.core.text import did_you_mean, listed
+from upcycle_cli.core.text import choose_from, listed
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
@@ -78,8 +78,7 @@ def verify(  # noqa: PLR0913 - options, by name
     unknown = [name for name in checks if name not in CHECK_NAMES]
     if unknown or not checks:
         what = f"'{unknown[0]}' is not a check." if unknown else "no check was chosen."
-        hint = did_you_mean("".join(unknown[:1]), CHECK_NAMES)
-        raise UpcycleError(what, hint or f"Choose from {', '.join(CHECK_NAMES)}.")
+        raise UpcycleError(what, choose_from("".join(unknown[:1]), CHECK_NAMES))
     selected = [name for name in CHECK_NAMES if name in checks]
     if "outputs" in selected:
         check_transformers()  # before gigabytes are read

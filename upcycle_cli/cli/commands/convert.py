@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
@@ -39,7 +39,7 @@ def convert(
     from_mergekit: Path | None = _option(  # noqa: ARG001 - its callback has read it
         "from_mergekit", None, callback=values.use_file, is_eager=True
     ),
-    rest: Literal["first", "mean"] = _option("rest", "first"),
+    rest: str = _option("rest", "first"),
     source_experts: bool = _option("source_experts", True),
     positive_prompts: Path | None = _option("positive_prompts", None),
     revision: str | None = options.REVISION,
