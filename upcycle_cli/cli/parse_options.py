@@ -223,9 +223,11 @@ def to_destination(
     return None
 
 
-def to_budget(max_params: str | None, max_active: str | None, memory: str | None) -> Budget | None:
-    """Return the budget, None without one; UpcycleError for a bad number."""
-    if max_params is None and max_active is None and memory is None:
+def to_budget(
+    max_params: str | None, max_active: str | None, memory: str | None, *, every: bool = False
+) -> Budget | None:
+    """Return the budget, None without one unless all recipes are wanted; UpcycleError."""
+    if max_params is None and max_active is None and memory is None and not every:
         return None
     from upcycle_cli.plan.budget import Budget
 

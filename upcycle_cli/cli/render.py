@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
@@ -13,7 +13,6 @@ from upcycle_cli.core.text import counted, parameter_text, printable, shell_line
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.describe import Inspection
-    from upcycle_cli.models.overview import Families, TargetFacts
     from upcycle_cli.plan.budget import SizedRecipe
     from upcycle_cli.publish.push import Push
 
@@ -110,8 +109,10 @@ class Ranking(NamedTuple):
 def _fits_table(title: str, fits: Sequence[SizedRecipe]) -> Table:
     trains = fits[0].trains is not False
     memory = "training" if trains else "weights"
-    table = _table("recipe", "params", "active", "FLOPs", memory, "warning")
+    columns = ("recipe", "params", "active", "FLOPs", memory, "warning")
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.title, table.title_justify, table.title_style = title, "left", "bold"
+    table.columns[0].no_wrap = True
     for fit in fits:
         table.add_row(
             fit.recipe.name,
@@ -122,54 +123,3 @@ def _fits_table(title: str, fits: Sequence[SizedRecipe]) -> Table:
             ", ".join(fit.warnings),
         )
     return table
-
-
-def family_tables(found: Families) -> Iterator[Table]:
-    """Yield what one model type can become, or why it is not supported."""
-    wrapped = (
-        (f"{text} in {name}", targets)
-        for name, texts in found.wrappers.items()
-        for text, targets in texts.items()
-    )
-    rows = [
-        (name, [f"can become {first}" + (f" (default), {', '.join(others)}" if others else "")])
-        for name, (first, *others) in (*found.dense.items(), *wrapped)
-    ]
-    rows += [(name, [f"not supported: {reason}"]) for name, reason in found.refused.items()]
-    if rows:
-        yield terminal.rows_table(rows)
-    yield from target_tables(found.targets)
-
-
-def target_tables(targets: Iterable[TargetFacts]) -> Iterator[Table]:
-    """Yield what targets can express, and their engines and trainers; refused ones are left out."""
-    targets = [target for target in targets if target.refusal is None]
-    if not targets:
-        return
-    table = _table("target", "routings", "MoE layers", "shared\nexperts", "scaled by")
-    for target in targets:
-        routings, scaled_by = "\n".join(target.routings), "\n".join(target.scaled_by)
-        table.add_row(target.name, routings, target.layers, target.shared_experts, scaled_by)
-    yield table
-    table = _table("target", "runs in", "trains in", "balanced by")
-    for target in targets:
-        runs = "\n".join(_software(target.engines, target))
-        trains = "\n".join(_software(target.trainers, target))
-        table.add_row(target.name, runs, trains, target.balanced)
-    yield table
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in names:
-        # Names in the first column are copied: never fold a recipe or a target.
-        table.add_column(name, overflow="fold", no_wrap=name in {"recipe", "target"})
-    return table
-
-
-def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> list[str]:
-    """Return the software that supports a target, with its routings if they are not all."""
-    return [
-        name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
-        for name, routings in found.items()
-    ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.text import did_you_mean
+from upcycle_cli.core.text import any_of, did_you_mean
 from upcycle_cli.models import engines as software
 from upcycle_cli.models import lookup
 from upcycle_cli.models.choose import choose
@@ -68,6 +68,22 @@ class Families(Result):
         ]
 
 
+class Selection(Families):
+    """The part of the families that concerns one name."""
+
+    def tables(self) -> Iterator[Iterable[Row]]:
+        """Yield what each model type can become, or why it is not supported, and the targets."""
+        wrapped = {
+            f"{text} in {name}": targets
+            for name, texts in self.wrappers.items()
+            for text, targets in texts.items()
+        }
+        supported = {**self.dense, **wrapped}.items()
+        rows = [(k, [f"can become {', '.join(v)}; the first is the default"]) for k, v in supported]
+        rows += [(name, [f"not supported: {reason}"]) for name, reason in self.refused.items()]
+        yield from filter(None, (rows, [*target_rows(self.targets)]))
+
+
 def families() -> Families:
     """Return the supported model types: `families().dense["llama"]` are the targets of llama.
 
@@ -100,7 +116,7 @@ def families() -> Families:
     )
 
 
-def only(found: Families, name: str) -> Families:
+def only(found: Families, name: str) -> Selection:
     """Return the part that concerns a model type or a target; UpcycleError for an unknown name."""
     name = name.strip().lower()
     dense = {key: targets for key, targets in found.dense.items() if key == name}
@@ -119,7 +135,7 @@ def only(found: Families, name: str) -> Families:
             f"upcycle does not know the model type {shown(name)}.",
             did_you_mean(name, sorted(known)),
         )
-    return Families(dense=dense, wrappers=wrappers, targets=targets, refused=refused)
+    return Selection(dense=dense, wrappers=wrappers, targets=targets, refused=refused)
 
 
 def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFacts, ...]:
@@ -172,4 +188,30 @@ def _facts(
         balanced=balanced,
         shared_experts="none" if row.shared is None else row.shared.possible_widths,
         scaled_by=("weights",) if scale is None else (scale, "weights"),
+    )
+
+
+def target_rows(targets: Iterable[TargetFacts]) -> Iterator[Row]:
+    """Yield what each target can express, and its engines and trainers."""
+    for target in targets:
+        if target.refusal is not None:
+            yield target.name, [target.refusal]
+            continue
+        yield (
+            target.name,
+            [
+                f"routing {any_of(target.routings)}; scale factor in {any_of(target.scaled_by)}",
+                f"MoE layers: {target.layers}; shared experts: {target.shared_experts}; balanced by "
+                f"{target.balanced}",
+                f"runs in {_software(target.engines, target)}",
+                f"trains in {_software(target.trainers, target)}",
+            ],
+        )
+
+
+def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> str:
+    """Return the software that supports a target, with its routings unless it supports all."""
+    return ", ".join(
+        name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
+        for name, routings in found.items()
     )

@@ -160,20 +160,17 @@ def fitting(
 def suggestion(fits: Sequence[SizedRecipe]) -> tuple[SizedRecipe, str] | None:
     """Return the best recipe that can be trained, and the reason; None if none can."""
     best = fits[0]
-    if best.trains is False:
-        return None
-    if best.warnings:
-        return best, "Every recipe that fits has a warning, and this is the best of them."
-    words = (
+    reason = (
         "With T = 2G a token gets two copies of the MLP, and the router learns. Such recipes beat "
         "continued dense training on the same tokens in the paper (E8G1T2, 15B parameters)"
     )
-    if best.recipe.routing is Routing.SOFTMAX_TOPK:
-        return best, (
-            f"{words}. In our study of a tiny model they did so with topk-softmax routing, but not "
-            "with softmax-topk and its default router logits."
-        )
-    return best, f"{words} and in our study of a tiny model, but not in that study at equal FLOPs."
+    if best.warnings:
+        reason = "Every recipe that fits has a warning, and this is the best of them."
+    elif best.recipe.routing is Routing.SOFTMAX_TOPK:
+        reason += "; in our study of a tiny model only with topk-softmax routing."
+    else:
+        reason += " and in our study of a tiny model, but not in that study at equal FLOPs."
+    return None if best.trains is False else (best, reason)
 
 
 def _plans(source: Checkpoint, wanted: SharedChoices) -> Iterator[tuple[Plan, Plan]]:

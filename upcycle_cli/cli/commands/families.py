@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from upcycle_cli.cli import options, render
-from upcycle_cli.cli.terminal import print_json, show, talk
+from upcycle_cli.cli import options
+from upcycle_cli.cli.terminal import print_json, rows_table, show, talk
 
 _option = options.options_of("families")
 
@@ -20,16 +20,16 @@ def families(
       upcycle families qwen3
     """
     from upcycle_cli.cli.render_json import overview_json
-    from upcycle_cli.models.overview import families as supported
-    from upcycle_cli.models.overview import only
+    from upcycle_cli.models import overview
 
-    found = supported() if name is None else only(supported(), name)
+    found = overview.families()
+    if name is not None:
+        found = overview.only(found, name)
     if json:
         print_json(overview_json(found))
-    elif name is not None:
-        show(*render.family_tables(found))
     elif targets:
-        show(*render.target_tables(found.targets))
+        show(rows_table(overview.target_rows(found.targets)))
     else:
         show(found)
-        talk("", "Next: upcycle families NAME shows targets, engines and trainers, or the reason.")
+        if name is None:
+            talk("", "Next: upcycle families NAME shows targets, engines and trainers.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,8 +53,7 @@ def inspect(
         check_report_file(report, dense)
     from upcycle_cli.inspection import summary
 
-    budget = values.to_budget(max_params, max_active, gpu_memory)
-    _check_needs(budget, all_recipes, weights, load, dense, experts_from)
+    budget = values.to_budget(max_params, max_active, gpu_memory, every=all_recipes)
     recipe = files = inputs = None
     if budget is None and values.needs_recipe(context):
         from upcycle_cli.plan.inputs import Inputs
@@ -77,7 +75,7 @@ def inspect(
             options=files,
             inputs=inputs,
             weights=weights,
-            dense=[] if dense is None else [dense, *experts_from],
+            dense=[each for each in (dense, *experts_from) if each is not None],
             load=load,
             watch=watch,
         )
@@ -113,26 +111,6 @@ def _rank(
     return render.Ranking(fits, budget.gpu_bytes, command)
 
 
-def _check_needs(
-    budget: Budget | None,
-    all_recipes: bool,
-    weights: bool,
-    load: Path | None,
-    dense: Path | None,
-    experts_from: Sequence[Path],
-) -> None:
-    """Raise UpcycleError for an option without another one that it needs."""
-    if all_recipes and budget is None:
-        raise UpcycleError("--all needs --max-params, --max-active or --gpu-memory.", "Add one.")
-    if (dense is not None and not weights and load is None) or (
-        experts_from and (dense is None or not weights)
-    ):
-        raise UpcycleError(
-            "--dense needs --weights, and --experts-from needs both.",
-            "Add --weights, and --dense for the first of the models.",
-        )
-
-
 def _print_json(found: Inspection, ranking: render.Ranking | None, *, tensors: bool) -> None:
     from upcycle_cli.cli import render_json
 
@@ -145,7 +123,11 @@ def _print_json(found: Inspection, ranking: render.Ranking | None, *, tensors: b
 
 
 def _print_tables(found: Inspection, *, targets: bool) -> None:
-    compared = render.target_tables(found.becomes) if targets else ()
+    compared = []
+    if targets:
+        from upcycle_cli.models.overview import target_rows
+
+        compared.append(terminal.rows_table(target_rows(found.becomes)))
     terminal.show(found, *compared)
     if found.plan is not None:
         from upcycle_cli.plan.warnings import warnings
