@@ -194,19 +194,15 @@ def _facts(
 def target_rows(targets: Iterable[TargetFacts]) -> Iterator[Row]:
     """Yield what each target can express, and its engines and trainers."""
     for target in targets:
-        if target.refusal is not None:
-            yield target.name, [target.refusal]
-            continue
-        yield (
-            target.name,
-            [
-                f"routing {any_of(target.routings)}; scale factor in {any_of(target.scaled_by)}",
-                f"MoE layers: {target.layers}; shared experts: {target.shared_experts}; balanced by "
-                f"{target.balanced}",
-                f"runs in {_software(target.engines, target)}",
-                f"trains in {_software(target.trainers, target)}",
-            ],
-        )
+        routings, factor = any_of(target.routings), any_of(target.scaled_by)
+        layers, shared = f"MoE layers: {target.layers}", f"shared experts: {target.shared_experts}"
+        lines = [
+            f"routing {routings}; scale factor in {factor}",
+            f"{layers}; {shared}; balanced by {target.balanced}",
+            f"runs in {_software(target.engines, target)}",
+            f"trains in {_software(target.trainers, target)}",
+        ]
+        yield target.name, lines if target.refusal is None else [target.refusal]
 
 
 def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> str:
