@@ -592,4 +592,3 @@ def test_trained_weights_are_one_sentence(
     [words] = report.checks[1].failures
     assert "these weights were trained: " in words
     assert "tensors changed, by " in words
-    assert "inspect it with `weights` and `dense`" in words

@@ -122,7 +122,7 @@ def test_a_passed_verification(found: Report, e2g2t2: Path) -> None:
     page = Page(html)
     assert "✓ passed The MoE computes the function of the dense model" in page.text
     assert "Not checked" not in page.text
-    for words in ("Recipe and factors", "Error by layer", "Routing", "Expert load", "Origin"):
+    for words in ("Recipe and factors", "Errors and routing", "Expert load", "Origin"):
         assert words in page.text
     for check in found.checks:
         assert " ".join(check.detail.split()) in page.text
@@ -132,7 +132,7 @@ def test_a_passed_verification(found: Report, e2g2t2: Path) -> None:
     for digest in (own, record["plan_sha256"], record["source"]["config_sha256"]):
         assert digest in page.text
     assert "upcycle verify dense moe" in page.text
-    assert page.tags.count("img") == 3  # flat values are sentences
+    assert page.tags.count("img") == 2  # flat values are sentences
     assert html_of(found, str(e2g2t2)) == html  # the same verification is the same page
 
 
@@ -150,7 +150,7 @@ def test_other_verdicts(status: str, promise: str | None, sign: str, words: str)
     assert f"{sign} {status} {words}" in page.text
     assert "Not checked: directory, " in page.text
     assert "a tensor" in page.text
-    assert "Error by layer" not in page.text
+    assert "Errors and routing" not in page.text
 
 
 def test_an_unreadable_moe(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_an_unreadable_moe(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
     (damaged / "upcycle.json").write_text("[")
     page = Page(html_of(verify(llama, damaged), str(damaged)))
     assert "✗ failed" in page.text
-    assert "Error by layer" not in page.text
+    assert "Errors and routing" not in page.text
 
 
 def test_an_inspection(llama: Path, e2g2t2: Path) -> None:

@@ -191,7 +191,7 @@ NEARLY = replace(EXACT, promise=Promise.APPROXIMATE, logit_std=0.001)
         (EXACT, 1e-8, {}, None),
         (EXACT, 1e-8, {"kl_mean_conversion": 6e-5}, None),  # of a group that a tie has split
         (EXACT, 1e-8, {"kl_mean_whole": 2e-8}, "mean KL to the dense model is 2e-08"),
-        (EXACT, 1e-8, {"kl_mean_whole": math.nan}, "dense model is nan"),
+        (EXACT, 1e-8, {"kl_mean_whole": math.nan}, "no token got whole groups"),
         (EXACT, 1e-8, {"kl_mean_picture": 2e-8}, "on a picture is 2e-08"),
         (EXACT, 1e-8, {"top1_agreement_conversion": 0.99}, "top-1 agreement"),
         (EXACT, 1e-8, {"top1_agreement_conversion": 0.99, "tokens": 100}, None),  # one near-tie
@@ -202,7 +202,7 @@ NEARLY = replace(EXACT, promise=Promise.APPROXIMATE, logit_std=0.001)
         (replace(EXACT, is_lossless=False), 1e-3, {"kl_mean_whole": 2e-3}, "allows 0.001"),
         (NEARLY, 1e-8, {"kl_mean_whole": 1e-4, "kl_mean_conversion": 1.0}, None),
         (NEARLY, 1e-8, {"kl_mean_whole": 2e-4}, "allows 0.00013"),
-        (NEARLY, 1e-8, {"kl_mean_whole": math.nan}, "is nan"),
+        (NEARLY, 1e-8, {"kl_mean_whole": math.nan}, "no token got"),
         (NEARLY, 1e-8, {"split_token_layers": 0.02}, "2.00% of tokens"),
     ],
 )

@@ -51,7 +51,6 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
         sections.recipe_section(record),
         sections.errors_section(layers),
         sections.texts_section(texts),
-        sections.routing_section(layers),
         sections.load_section(layers, record),
         _origin_section(dict(zip(names, models, strict=True)), paths, record, command),
     )
@@ -73,8 +72,8 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
     heading = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
     weights, record = inspection.weights, inspection.record or {}
     rows = {label: "; ".join(lines) for label, lines in inspection_rows(inspection)}
-    found = [rows[key] for key in ("copies", "moved") if key in rows]
-    words = " ".join(f"{each[0].upper()}{each[1:]}." for each in found)
+    found = [f"{key}: {rows[key]}." for key in ("copies", "moved") if key in rows]
+    words = " ".join(each.capitalize() for each in found)
     facts = Table(caption="Facts", rows=[*rows.items()])
     parts = (
         Section(key="facts", title="Checkpoint", tables=[facts]),
@@ -104,8 +103,8 @@ def _facts(found: Inspection) -> dict[str, str]:
         "size": size_text(found.checkpoint.nbytes),
         "recipe": recipe.get("name") if isinstance(recipe, dict) else None,
         "target": found.model_type,
-        "experts": f"{found.num_experts} per layer, {found.top_k} active",
-        "promise": record.get("promise"),
+        "experts per layer": f"{found.num_experts}, {found.top_k} active",
+        "the recipe promises": record.get("promise"),
     }
     return {name: value_text(fact) for name, fact in facts.items() if fact}
 

@@ -6,8 +6,7 @@ import io
 import math
 import warnings
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _STYLES = (("C0", "o", "-"), ("C1", "s", "--"), ("C2", "^", ":"))
@@ -27,63 +26,46 @@ _SETTINGS: Mapping[str, Any] = {
 }
 
 
-class Drawing:
-    """A figure with one pair of axes; `image` is its data URI after the context has ended."""
-
-    axes: Any
-    image: str
-
-
-@contextmanager
-def _drawing(*, height: float = 2.9, width: float = 5.4) -> Iterator[Drawing]:
+def _draw(paint: Callable[[Any], None], *, height: float = 2.9, width: float = 5.4) -> str:
+    """Return the data URI of a figure; `paint` draws into its axes."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    drawing = Drawing()
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd values, or too little room for a label
         mpl.rcdefaults()  # ignore a matplotlibrc in the current directory
         mpl.rcParams.update(_SETTINGS)
         figure = Figure(figsize=(width, height), layout="constrained")
-        drawing.axes = figure.add_subplot()
-        yield drawing
+        paint(figure.add_subplot())
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    drawing.image = f"data:image/svg+xml;base64,{b64encode(svg.getvalue()).decode()}"
+    return f"data:image/svg+xml;base64,{b64encode(svg.getvalue()).decode()}"
 
 
-def draw_lines(
-    layers: Sequence[int],
-    series: Mapping[str, Sequence[float]],
-    *,
-    unit: str,
-    log: bool = False,
-    span: tuple[float, float] | None = None,
-) -> str:
-    """Plot one value per layer for each series; the value axis covers at least `span`.
+def draw_lines(layers: Sequence[int], series: Mapping[str, Sequence[float]], *, unit: str) -> str:
+    """Plot one value per layer for each series.
 
-    A logarithmic axis is linear around zero, so that an error of exactly 0 is visible.
+    Values of several magnitudes get a logarithmic axis, which is linear around zero, so that an
+    error of exactly 0 is visible.
     """
-    with _drawing() as drawing:
-        axes = drawing.axes
+
+    def paint(axes: Any) -> None:  # noqa: ANN401 - matplotlib's
         clipped = {name: [*map(_plottable, values)] for name, values in series.items()}
         for (color, marker, line), (name, values) in zip(_STYLES, clipped.items(), strict=False):
             style = {"color": color, "linestyle": line, "marker": marker, "label": name}
             axes.plot(layers, values, **style, markevery=max(1, len(layers) // 40))
         positive = [v for values in clipped.values() for v in values if v > 0]
-        if log and positive:
+        if positive and max(positive) > 100 * min(positive):
             axes.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(min(positive))))
-            axes.set_ylim(bottom=0)
-        if span is not None:
-            low, high = axes.get_ylim()
-            axes.set_ylim(min(low, span[0]), max(high, span[1]))
+        axes.set_ylim(bottom=0)
         axes.grid()
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel(unit)
         if len(series) > 1:
             axes.figure.legend(loc="outside upper left", ncols=len(series))
-    return drawing.image
+
+    return _draw(paint)
 
 
 def draw_heat_map(
@@ -93,8 +75,8 @@ def draw_heat_map(
     from matplotlib.colors import TwoSlopeNorm
 
     height = max(2.2, min(5.5, 1.4 + 0.07 * len(rows)))
-    with _drawing(height=height, width=6.4) as drawing:
-        axes = drawing.axes
+
+    def paint(axes: Any) -> None:  # noqa: ANN401 - matplotlib's
         gap, count = int(group_size > 1), len(rows[0])
         before = [[math.nan] * (gap and e > 0 and e % group_size == 0) for e in range(count)]
         cells = [[v for e, load in enumerate(row) for v in (*before[e], load)] for row in rows]
@@ -111,7 +93,8 @@ def draw_heat_map(
         axes.set_xticks(places, [str(e // group_size) for e in starts])
         steps = range(0, len(layers), max(1, len(layers) // 8))
         axes.set_yticks(list(steps), [str(layers[step]) for step in steps])
-    return drawing.image
+
+    return _draw(paint, height=height, width=6.4)
 
 
 def _plottable(value: float) -> float:

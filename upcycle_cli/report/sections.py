@@ -23,6 +23,18 @@ _LEVELS = (1e-8, 1e-4, 1e-2, 1e-1)
 """The KL at which the mark of a token becomes stronger."""
 _MAX_TOKENS = 16_384
 _AS_NUMBERS = "The same as numbers"
+_MEASURES = {
+    "added error, rms*": "added_rms",
+    "added error, largest*": "added_max",
+    "hidden state*": "hidden_rms",
+    "gain": "gain",
+    "whole groups": "whole_share",
+    "router margin": "router_margin",
+    "router entropy": "router_entropy",
+    "load, std / mean": "load_cv",
+    "idle experts": "idle_experts",
+}
+"""The columns of the table by layer, and where `LayerMeasure` has them; * for those to plot."""
 
 
 def recipe_section(record: Mapping[str, Any]) -> Section:
@@ -49,114 +61,71 @@ def recipe_section(record: Mapping[str, Any]) -> Section:
 
 
 def _by_layer(
-    key: str,
     title: str,
     layers: Sequence[LayerMeasure | LayerDrift],
     columns: Mapping[str, Sequence[float]],
-    plots: Sequence[Figure | str],
-    words: Sequence[str] = (),
+    *,
+    unit: str,
+    words: str,
 ) -> Section:
-    """Return a section with values by layer, as figures or sentences and as one table."""
-    values = zip(*columns.values(), strict=True)
-    rows = [
-        (str(each.layer), *(f"{v:.6g}" for v in row))
-        for each, row in zip(layers, values, strict=True)
-    ]
-    table = Table(
-        caption=f"{title}, by layer", columns=("layer", *columns), rows=rows, folded=_AS_NUMBERS
-    )
-    said = [plot for plot in plots if isinstance(plot, str)]
-    figures = [plot for plot in plots if isinstance(plot, Figure)]
-    return Section(key=key, title=title, words=[*words, *said], figures=figures, tables=[table])
+    """Return a section with a plot of the columns that end in *, and a table of all columns.
 
-
-def _plot(
-    title: str,
-    layers: Sequence[LayerMeasure | LayerDrift],
-    series: Mapping[str, Sequence[float]],
-    note: str = "",
-    **drawn: Any,  # noqa: ANN401 - as draw_lines has them
-) -> Figure | str:
-    """Return a figure of values by layer and their ranges in words; only words if all are equal."""
+    Columns that are not plotted, or that do not vary, are described in words.
+    """
     numbers = [each.layer for each in layers]
-    ranges = "; ".join(f"{name}: {spread(values, numbers)}" for name, values in series.items())
-    words = f"{ranges[0].upper()}{ranges[1:]}. {note}"
-    shown = [{f"{v:.3g}" for v in values if math.isfinite(v)} for values in series.values()]
-    if all(len(values) < 2 for values in shown):
-        return words
-    return Figure(image=draw_lines(numbers, series, **drawn), title=title, description=words)
+    values = {name.removesuffix("*"): column for name, column in columns.items()}
+    ranges = {name: f"{name} {spread(column, numbers)}" for name, column in values.items()}
+    plotted = {name: values[name] for name in values if f"{name}*" in columns}
+    figures = []
+    if any(" to " in ranges[name] for name in plotted):
+        found = "; ".join(ranges.pop(name) for name in plotted).capitalize()
+        image = draw_lines(numbers, plotted, unit=unit)
+        figures = [Figure(image=image, title=f"{title} by layer", description=f"{found}.")]
+    said = [words, *([f"{'; '.join(ranges.values()).capitalize()}."] if ranges else [])]
+    rows = zip(numbers, *values.values(), strict=True)
+    table = Table(
+        caption=f"{title} by layer",
+        columns=("layer", *values),
+        rows=[(str(layer), *(f"{v:.6g}" for v in row)) for layer, *row in rows],
+        folded=_AS_NUMBERS,
+    )
+    key = title.split(maxsplit=1)[0].lower()
+    return Section(key=key, title=title, words=said, figures=figures, tables=[table])
 
 
 def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
-    """Return the errors by layer, None without any."""
+    """Return errors and routing by layer, None without any."""
     if not layers:
         return None
-    title = "Error by layer"
-    errors = {
-        "added, rms": [each.added_rms for each in layers],
-        "added, largest": [each.added_max for each in layers],
-        "hidden state": [each.hidden_rms for each in layers],
-    }
-    gain = {"gain": [each.gain for each in layers]}
-    note = "The gain is the experts' output projected on the dense MLP's: 1 for the same function."
-    plots = (
-        _plot(title, layers, errors, unit="relative error", log=True),
-        _plot("Gain by layer", layers, gain, note, unit="gain", span=(0.9, 1.1)),
+    return _by_layer(
+        "Errors and routing",
+        layers,
+        {name: [float(getattr(each, key)) for each in layers] for name, key in _MEASURES.items()},
+        unit="relative error",
+        words="Errors are relative to the root mean square of the dense model's values. The added "
+        "error of a layer is measured on the dense model's own input; the hidden state accumulates "
+        "the errors of all layers before it. The gain is the experts' output projected on the "
+        "dense MLP's. The margin is between the best two groups: where it is small, rounding can "
+        "change the choice. The entropy is in nats.",
     )
-    words = (
-        "Errors are relative to the root mean square of the dense model's values. The added error "
-        "of a layer is measured on the dense model's own input; the hidden state accumulates the "
-        "errors of all layers before it."
-    )
-    return _by_layer("errors", title, layers, errors | gain, plots, [words])
-
-
-def routing_section(layers: Sequence[LayerMeasure]) -> Section | None:
-    """Return the choices of the routers by layer, None without any."""
-    if not layers:
-        return None
-    routers = {
-        "margin": [each.router_margin for each in layers],
-        "entropy": [each.router_entropy for each in layers],
-    }
-    groups = {"whole groups": [each.whole_share for each in layers]}
-    load = {
-        "load, std / mean": [each.load_cv for each in layers],
-        "idle experts": [float(each.idle_experts) for each in layers],
-    }
-    note = (
-        "The margin is between the best two groups; where it is small, rounding can change the "
-        "choice. The entropy is in nats."
-    )
-    title, unit = "Router margin and entropy by layer", "mean over tokens"
-    plots = [_plot(title, layers, routers, note, unit=unit, span=(0, 1))]
-    note = "This is the share of tokens that use whole virtual groups; a group is the dense MLP."
-    title, unit = "Whole groups by layer", "share of tokens"
-    plots.append(_plot(title, layers, groups, note, unit=unit, span=(0, 1.02)))
-    return _by_layer("routing", "Routing", layers, routers | groups | load, plots)
 
 
 def drift_section(layers: Sequence[LayerDrift]) -> Section | None:
     """Return how far training moved the experts, None if that was not measured."""
     if not layers:
         return None
-    if not any(map(any, (each.moved for each in layers))):
-        words = "No expert has moved from its dense shard."
-        return Section(key="drift", title="Training", words=[words])
     columns = {
-        "most moved expert": [max(each.moved) for each in layers],
-        "mean": [sum(each.moved) / len(each.moved) for each in layers],
-        "apart": [each.apart for each in layers],
+        "most moved expert*": [max(each.moved) for each in layers],
+        "mean*": [sum(each.moved) / len(each.moved) for each in layers],
+        "apart*": [each.apart for each in layers],
     }
     split, groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
-    note = (
-        "Distances from the dense shard (most moved, mean) and from the mean of the shard's "
-        f"copies (apart), relative to the shard's norm. In {split:,} of {groups:,} virtual groups "
-        "the router rows have become unequal."
+    words = (
+        "Distances from the dense shard (most moved, mean) and from the mean of the shard's copies "
+        f"(apart), relative to the shard's norm. {split:,} of {groups:,} virtual groups have "
+        "unequal router rows."
     )
-    title = "Weight drift by layer"
-    plot = _plot(title, layers, columns, note, unit="relative distance", log=True)
-    return _by_layer("drift", "Training", layers, columns, [plot])
+    return _by_layer("Training", layers, columns, unit="relative distance", words=words)
 
 
 def _group_size(record: Mapping[str, Any], experts: int) -> int:

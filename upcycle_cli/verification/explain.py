@@ -90,7 +90,7 @@ def explain(
         if len(small) > len(changes) * 0.9:
             return [
                 f"{TRAINED}: {len(ordered):,} of {len(exprs):,} tensors changed, by "
-                f"{np.mean(small):.2%} on average; inspect it with `weights` and `dense` to see "
+                f"{np.mean(small):.2%} on average; inspect the MoE beside its dense model to see "
                 "how far each layer moved"
             ]
     rest = ordered[_MOST_EXPLAINED:]

@@ -280,6 +280,8 @@ def _judge(
         for key, most in limits.items()
         if key in metrics and not metrics[key] <= most
     ]
+    if math.isnan(metrics["kl_mean_whole"]):
+        failures[0] = "no token got whole groups in every layer, so there is no mean KL to judge"
     top1 = metrics["top1_agreement_conversion"]
     # Among few tokens a single near-tie must not decide.
     disagreeing = round((1 - top1) * metrics["tokens"])

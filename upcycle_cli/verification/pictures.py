@@ -40,8 +40,8 @@ def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
         found_KV = _logits(moe.net, inputs)
     p_KV, q_KV = (logits.log_softmax(-1) for logits in (wanted_KV, found_KV))
     return {
-        # Rounding can make a sum of zeros negative.
-        "kl_mean_picture": max(0.0, float((p_KV.exp() * (p_KV - q_KV)).sum(-1).mean())),
+        # Rounding can make a sum of zeros negative. Not max(): it would turn nan into 0.
+        "kl_mean_picture": float((p_KV.exp() * (p_KV - q_KV)).sum(-1).mean().clamp(min=0)),
         "picture_tokens": int((inputs["input_ids"] == dense.net.config.image_token_id).sum()),
     }
 
