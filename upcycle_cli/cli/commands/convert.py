@@ -159,9 +159,9 @@ class _Screen(Hooks):
         elif result.published:
             said = f"Wrote {result.output} in {result.seconds:.1f} s."
             if result.shared_bytes:
-                said += f" {size_text(result.shared_bytes)} share disk space with equal bytes."
+                said += f" Equal tensors share {size_text(result.shared_bytes)} on disk."
             if result.reused_bytes:
-                said += f" {size_text(result.reused_bytes)} were reused from an unfinished run."
+                said += f" {size_text(result.reused_bytes)} came from an unfinished run."
             terminal.talk("", said)
             if self.request.push is None:
                 terminal.talk(f"Next: {shell_line(_next_step(result))}")
