@@ -26,7 +26,7 @@ from upcycle_cli.recipe.options import Routing, Scaling
 SOFTMAX = Routing.SOFTMAX_TOPK
 ROWS: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "scaling: ∛c on every matrix (the paper, Megatron-LM)": {"scaling": Scaling.PAPER},
+    "scaling: ∛c on every matrix (paper, Megatron-LM)": {"scaling": Scaling.PAPER},
     "scaling: none": {"scaling": Scaling.NONE},
     "no virtual groups": {"virtual_groups": False},
     "softmax-topk, τ = 1": {"routing": SOFTMAX, "router_logit_std": 1.0},
@@ -39,7 +39,7 @@ def main() -> None:
     """Print the table."""
     with dense_and_scratch() as (dense, folder):
         moe = folder / "moe"
-        print(header("changed", "NLL of the text", "mean KL to dense", "top-1 agreement"))
+        print(header("changed", "NLL of the text", "mean KL to dense", "same top-1 token"))
         for changed, settings in ROWS.items():
             convert(dense, moe, make_recipe("E4G4T8", **settings), overwrite=True)
             metrics = verify(dense, moe, checks=["outputs"]).checks[0].metrics
