@@ -15,7 +15,7 @@ from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import FUSED, SCALED, Support, engines, trainers
 from upcycle_cli.models.lookup import REFUSED, dense_family, shipped_target, targets_of
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.overview import becomes, families
+from upcycle_cli.models.overview import becomes, families, target_rows
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,7 @@ def test_a_models_own_config_decides_what_it_can_become() -> None:
     assert [{*target.trainers} & some for target in tied[:2]] == [{"torchtitan"}, set()]
     # Only transformers was tested with heads that do not make up the hidden size.
     odd = becomes({**tiny_config("llama"), "head_dim": 24, "mlp_bias": True}, ())
+    assert "experts have none" in dict(target_rows(odd))["mixtral"][0]
     assert [{*target.engines} for target in odd if not target.refusal] == [{"transformers"}]
     # Attention that is the same in all models of a type was tested, windows included.
     gemma4 = becomes({"model_type": "gemma4_text", **sizes_of("gemma4_text")}, ())

@@ -194,15 +194,16 @@ def _facts(
 def target_rows(targets: Iterable[TargetFacts]) -> Iterator[Row]:
     """Yield what each target can express, and its engines and trainers."""
     for target in targets:
-        routings, factor = any_of(target.routings), any_of(target.scaled_by)
-        layers, shared = f"MoE layers: {target.layers}", f"shared experts: {target.shared_experts}"
-        lines = [
-            f"routing {routings}; scale factor in {factor}",
-            f"{layers}; {shared}; balanced by {target.balanced}",
-            f"runs in {_software(target.engines, target)}",
-            f"trains in {_software(target.trainers, target)}",
-        ]
-        yield target.name, lines if target.refusal is None else [target.refusal]
+        yield target.name, [*_target_lines(target)] if target.refusal is None else [target.refusal]
+
+
+def _target_lines(target: TargetFacts) -> Iterator[str]:
+    routings, factor = any_of(target.routings), any_of(target.scaled_by)
+    layers, shared = f"MoE layers: {target.layers}", f"shared experts: {target.shared_experts}"
+    yield f"routing {routings}; scale factor in {factor}"
+    yield f"{layers}; {shared}; balanced by {target.balanced}"
+    yield f"runs in {_software(target.engines, target)}"
+    yield f"trains in {_software(target.trainers, target)}"
 
 
 def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> str:
