@@ -262,7 +262,7 @@ def e2g2t2(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from upcycle_cli import Recipe, convert
 
     path = tmp_path_factory.mktemp("e2g2t2") / "moe"
-    return convert(llama, path, Recipe(expansion=2, granularity=2, top_k=2)).output
+    return convert(llama, path, Recipe("E2G2T2")).output
 
 
 def _save_model(

@@ -25,7 +25,7 @@ import upcycle_cli
 from upcycle_cli import Options, UpcycleError, api, build_plan, open_checkpoint
 from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.recipe.recipe import Recipe, parse_recipe_name
+from upcycle_cli.recipe.recipe import Recipe
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import WriteOptions
@@ -92,9 +92,7 @@ def set_value(dense: Path, tensor: str, value: int) -> None:
 
 
 def plan_of(dense: Path, recipe: str = "E8G1T2", **options: Any) -> Plan:  # noqa: ANN401
-    expansion, granularity, top_k = parse_recipe_name(recipe)
-    wanted = Recipe(expansion=expansion, granularity=granularity, top_k=top_k)
-    return build_plan(wanted, open_checkpoint(dense), options=Options(**options))
+    return build_plan(Recipe(recipe), open_checkpoint(dense), options=Options(**options))
 
 
 def unique_bytes(plan: Plan) -> int:
@@ -121,7 +119,7 @@ def execute(
     **options: Any,  # noqa: ANN401
 ) -> api.Conversion:
     """Write and publish a plan; `options` are those of a Request."""
-    recipe = Recipe(expansion=2, granularity=1, top_k=2)  # the plan has been made already
+    recipe = Recipe("E2G1T2")  # the plan has been made already
     request = api.Request(source=plan.source.path, output=output, recipe=recipe, **options)
     return api.execute(plan, request, hooks=hooks or Hooks(), team=team or Team())
 

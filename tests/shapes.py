@@ -20,7 +20,7 @@ from upcycle_cli.plan.expressions import Expr, type_of
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
-from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, Routing, parse_recipe_name
+from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, Routing
 from upcycle_cli.write.evaluate import evaluate
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -207,17 +207,6 @@ def write_orders(path: Path, *, alike: int, shape: tuple[int, int, int] = (2, 2,
     return path
 
 
-def make_recipe(
-    name: str,
-    routing: Routing | None = None,
-    **settings: Any,  # noqa: ANN401
-) -> Recipe:
-    expansion, granularity, top_k = parse_recipe_name(name)
-    return Recipe(
-        expansion=expansion, granularity=granularity, top_k=top_k, routing=routing, **settings
-    )
-
-
 def hollow_plan(
     path: Path,
     recipe: str,
@@ -231,5 +220,5 @@ def hollow_plan(
 ) -> Plan:
     """Plan the conversion of a tiny model that has no weights."""
     source = write_hollow(path / "dense", tiny_config(model_type, **(config or {})))
-    wanted = make_recipe(recipe, routing, **settings)
+    wanted = Recipe(recipe, routing=routing, **settings)
     return build_plan(wanted, open_checkpoint(source), target=target, options=options)

@@ -67,14 +67,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mixtral(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("moe") / "mixtral"
-    convert(dense, path, Recipe(expansion=2, granularity=2, top_k=2))
+    convert(dense, path, Recipe("E2G2T2"))
     return path
 
 
 @pytest.fixture(scope="session")
 def qwen2_moe(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("moe") / "qwen2_moe"
-    recipe = Recipe(expansion=4, granularity=2, top_k=2, routing=Routing.SOFTMAX_TOPK)
+    recipe = Recipe("E4G2T2", routing=Routing.SOFTMAX_TOPK)
     convert(dense, path, recipe, target="qwen2_moe")
     return path
 
@@ -139,7 +139,7 @@ def sharded(dense: Path, tmp_path: Path) -> Path:
     convert(
         dense,
         tmp_path / "sharded",
-        Recipe(expansion=2, granularity=2, top_k=2),
+        Recipe("E2G2T2"),
         options=Options(max_shard_bytes=20_000),
     )
     return tmp_path / "sharded"

@@ -170,7 +170,7 @@ def recipe(row: Row) -> Recipe:
     if target != SHIPPED:
         routings = native_target(target, FAMILIES[wrapper][text].inside).routings
         routing = next(r for r in routings if r is not Routing.SOFTMAX_TOPK)
-    return Recipe(expansion=2, granularity=2, top_k=2, routing=routing)
+    return Recipe("E2G2T2", routing=routing)
 
 
 def load(path: Path) -> Any:  # noqa: ANN401 - transformers is untyped

@@ -17,11 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from markdown_table import header, row
-from shapes import make_recipe
 from smollm2 import dense_and_scratch, load, mean_kl, token_ids
 from training.measure import Load, watch_routers
 
-from upcycle_cli import convert
+from upcycle_cli import Recipe, convert
 from upcycle_cli.plan.texts import builtin_texts
 
 PROMPT = "The lighthouse keeper climbed the stairs and"
@@ -39,7 +38,7 @@ def main() -> None:
         dense_text = model.generate(prompt, max_new_tokens=32, do_sample=False).tolist()
         print(header("in bfloat16", "mean KL to dense in float32", "split groups", "greedy text"))
         print(row("dense", f"{mean_kl(wanted, model(ids).logits[0]):.1e}", "–", "–"), flush=True)
-        for recipe in map(make_recipe, RECIPES):
+        for recipe in map(Recipe, RECIPES):
             convert(dense, folder / "moe", recipe, overwrite=True)
             model, load_of_experts = load(folder / "moe", torch.bfloat16), Load(recipe.granularity)
             with watch_routers(model, is_sigmoid=False) as routers:

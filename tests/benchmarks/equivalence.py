@@ -17,10 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from markdown_table import header, row
-from shapes import make_recipe
 from smollm2 import dense_and_scratch
 
-from upcycle_cli import convert, verify
+from upcycle_cli import Recipe, convert, verify
 from upcycle_cli.recipe.options import Routing, Scaling
 
 SOFTMAX = Routing.SOFTMAX_TOPK
@@ -41,7 +40,7 @@ def main() -> None:
         moe = folder / "moe"
         print(header("changed", "NLL of the text", "mean KL to dense", "same top-1 token"))
         for changed, settings in ROWS.items():
-            convert(dense, moe, make_recipe("E4G4T8", **settings), overwrite=True)
+            convert(dense, moe, Recipe("E4G4T8", **settings), overwrite=True)
             metrics = verify(dense, moe, checks=["outputs"]).checks[0].metrics
             found = {name: float(value) for name, value in metrics.items()}
             numbers = f"{found['moe_nll']:.4f}", f"{found['kl_mean']:.1e}"

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from markdown_table import header, row
-from shapes import make_recipe, write_orders
+from shapes import write_orders
 from smollm2 import dense_and_scratch, load, mean_kl, token_ids
 
 from upcycle_cli import Options, Recipe, WriteOptions, convert, verify
@@ -130,8 +130,13 @@ def main() -> None:
             rounds = size & (size - 1) and dtype is None and target != "glm4_moe"
             case = (target, routing, f"{name}, K = {shared}{f', in {dtype}' if dtype else ''}")
             for init, order in sorted(pairs):
-                settings = {"router_init": init, "neuron_order": order, "shared_experts": shared}
-                recipe = make_recipe(name, routing, **settings)
+                recipe = Recipe(
+                    name,
+                    routing=routing,
+                    router_init=init,
+                    neuron_order=order,
+                    shared_experts=shared,
+                )
                 logits_PV, status, promise = measure(
                     dense, folder / "moe", recipe, target, dtype, inputs
                 )

@@ -25,10 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from markdown_table import header, row
-from shapes import make_recipe
 from smollm2 import load, mean_kl
 
-from upcycle_cli import convert
+from upcycle_cli import Recipe, convert
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -67,7 +66,7 @@ def moe_model(dense: Any, gates: float, beside: str = "zero norm") -> Any:  # no
     with tempfile.TemporaryDirectory() as name:
         source, moe = Path(name) / "dense", Path(name) / "moe"
         dense.save_pretrained(source)
-        convert(source, moe, make_recipe("E2G2T2"), target="gemma4_text")
+        convert(source, moe, Recipe("E2G2T2"), target="gemma4_text")
         model = load(moe)
     for layer, old in zip(model.model.layers, dense.model.layers, strict=True):
         layer.router.per_expert_scale *= gates / ROOT_EPS

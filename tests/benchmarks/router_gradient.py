@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 from markdown_table import header, row
-from shapes import make_recipe
 from smollm2 import dense_and_scratch, load, token_ids
 
-from upcycle_cli import convert
+from upcycle_cli import Recipe, convert
 from upcycle_cli.plan.texts import builtin_texts
 from upcycle_cli.recipe.options import Routing
 
@@ -63,7 +62,7 @@ def main() -> None:
     with dense_and_scratch() as (dense, scratch):
         ids_1T = token_ids(dense, str(builtin_texts()[0]), 256)
         for name, target, routing in CASES:
-            recipe = make_recipe(name, routing)
+            recipe = Recipe(name, routing=routing)
             convert(dense, scratch / "moe", recipe, target=target, overwrite=True)
             between, inside, experts = gradients(scratch / "moe", ids_1T, recipe.granularity)
             within = "–" if recipe.granularity == 1 else f"{inside:.2g}"

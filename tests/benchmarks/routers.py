@@ -29,10 +29,9 @@ import torch
 import typer
 from markdown_table import header, row
 from measure import measure
-from shapes import make_recipe
 from smollm2 import dense_and_scratch, load, token_ids
 
-from upcycle_cli import build_plan, open_checkpoint
+from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
 from upcycle_cli.calibrate.router_rows import loads
 from upcycle_cli.checkpoint.arrays import as_float32
@@ -95,7 +94,7 @@ def load_of(
 
 def plan_for(path: Path, name: str, init: RouterInit) -> Plan:
     """Return the plan of a recipe before its routers are fitted."""
-    return build_plan(make_recipe(name, router_init=init), open_checkpoint(path))
+    return build_plan(Recipe(name, router_init=init), open_checkpoint(path))
 
 
 def main(calibrate_only: Path | None = None) -> None:

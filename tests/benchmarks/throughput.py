@@ -251,7 +251,7 @@ class Benchmark:
 
     def _make_dense(self, gigabytes: float) -> tuple[Path, Plan]:
         dense = write_random(self.directory / "dense", tinyllama_of(gigabytes))
-        recipe = Recipe(expansion=8, granularity=1, top_k=2)
+        recipe = Recipe("E8G1T2")
         return dense, build_plan(recipe, open_checkpoint(dense), target="mixtral")
 
     def _alternate(

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from file_systems import file_system
 from large_models import MISTRAL_7B, nbytes_of, tinyllama_of, write_random
 from measure import Run, drop_from_cache, measure, read_into_cache
-from shapes import make_recipe
 
 from upcycle_cli import Recipe, convert, open_checkpoint
 
@@ -73,7 +72,7 @@ def busy(
         whole = measure([sys.executable, "-m", "upcycle_cli", "demo", demo, "--json"])
         show("the whole demo", whole)
         dense, moe = model or demo / "dense", Path(folder) / "moe"
-        convert(dense, moe, make_recipe(recipe))
+        convert(dense, moe, Recipe(recipe))
         walls, processor = [], []
         for _ in range(rounds):
             plain = measure([sys.executable, "-c", PLAIN, dense, moe])
@@ -129,7 +128,7 @@ def weights(size: float = 2.4, rounds: int = 3, directory: Path | None = None) -
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         dense = write_random(Path(folder) / "dense", tinyllama_of(size))
         for name, order in (("E8G1T2", "sliced"), ("E8G8T16", "sliced"), ("E8G8T16", "shuffled")):
-            recipe, moe = make_recipe(name, neuron_order=order), Path(folder) / "moe"
+            recipe, moe = Recipe(name, neuron_order=order), Path(folder) / "moe"
             convert(dense, moe, recipe, target="mixtral", overwrite=True)
             files = sorted([*dense.glob("*.safetensors"), *moe.glob("*.safetensors")])
             for cache, prepare in (("warm", read_into_cache), ("cold", drop_from_cache)):
@@ -188,7 +187,7 @@ def large(layers: int = 32, tokens: int = 1024, directory: Path | None = None) -
         file_system("XFS", Path(folder), size) as mount,
     ):
         dense, moe = write_random(mount / "dense", config, shard_bytes=500_000_000), mount / "moe"
-        done = convert(dense, moe, Recipe(expansion=8, granularity=1, top_k=2))
+        done = convert(dense, moe, Recipe("E8G1T2"))
         print(f"{done.plan.total_parameters / 1e9:.1f}B parameters, {layers} layers")
         print("\n| checks | wall, s | CPU, s | peak RssAnon, MB |\n|---|---|---|---|")
         for checks in ("directory", "weights", "directory,weights,outputs"):

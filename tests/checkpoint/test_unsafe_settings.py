@@ -13,7 +13,7 @@ from conftest import MakeDense, clone, read_json, snapshot
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
 from upcycle_cli.plan.warnings import warnings
 
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+RECIPE = Recipe("E2G2T2")
 CODE = {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}
 
 

@@ -240,7 +240,7 @@ def test_one_bit_of_any_kind_of_tensor_is_noticed(
     make_dense: MakeDense, tmp_path: Path, row: Row
 ) -> None:
     dense = make_dense(row[0])
-    recipe = Recipe(expansion=2, granularity=2, top_k=2, routing=exact_routing(row[1]))
+    recipe = Recipe("E2G2T2", routing=exact_routing(row[1]))
     plan = build_plan(recipe, open_checkpoint(dense), target=row[1])
     moe = convert(dense, tmp_path / "moe", recipe, target=row[1]).output
     kinds = {(tensor.role, type(tensor.expr), *tensor.parts): tensor for tensor in plan.tensors}
@@ -263,7 +263,7 @@ def test_rows_that_move_are_rounded_and_split_over_files(
 ) -> None:
     """With a layer that stays dense, where the target can have one."""
     some = NATIVE[row[1]].layers.objection((1,), ("mlp",) * 2) is None
-    recipe = Recipe(expansion=2, granularity=2, top_k=2, layers="1" if some else None)
+    recipe = Recipe("E2G2T2", layers="1" if some else None)
     options = Options(dtype="bfloat16", max_shard_bytes=20_000)
     dense = make_dense(row[0])
     assert_passed(

@@ -100,10 +100,10 @@ def converted(dense: Path, output: Path, w: Wanted, **options: Any) -> Path:  # 
         granularity=w.G,
         top_k=w.T,
         shared_experts=w.K,
-        routing=w.routing,  # type: ignore[arg-type]
-        scaling=w.scaling,  # type: ignore[arg-type]
-        scale_split=w.split,  # type: ignore[arg-type]
-        neuron_order=order,  # type: ignore[arg-type]
+        routing=w.routing,
+        scaling=w.scaling,
+        scale_split=w.split,
+        neuron_order=order,
         router_logit_std=w.std,
         seed=w.seed,
     )
@@ -184,7 +184,7 @@ def test_the_bytes_are_those_of_the_formulas(
 
 def test_clustered_neurons_have_one_order_for_all_groups(llama: Path, tmp_path: Path) -> None:
     """What a calibration finds is read from the first group's gates, which no factor scales."""
-    recipe = Recipe(expansion=2, granularity=3, top_k=3, neuron_order=NeuronOrder.CLUSTERED)
+    recipe = Recipe("E2G3T3", neuron_order=NeuronOrder.CLUSTERED)
     moe = convert(llama, tmp_path / "moe", recipe, target="mixtral").output
     dense, found = read_tensors(llama), read_tensors(moe)
     orders = {}

@@ -13,9 +13,8 @@ import pytest
 import torch
 from conftest import MakeDense, clone, difference, logits, random_ids
 from safetensors.torch import load_file, save_file
-from shapes import make_recipe
 
-from upcycle_cli import convert, verify
+from upcycle_cli import Recipe, convert, verify
 from upcycle_cli.recipe.recipe import Routing
 
 Tensors = dict[str, torch.Tensor]
@@ -45,7 +44,7 @@ def test_tensors_of_older_checkpoints(
     held = load_file(dense / "model.safetensors")
     edit(held)
     save_file(held, dense / "model.safetensors", metadata={"format": "pt"})
-    convert(dense, moe, make_recipe("E2G2T2"), target="mixtral")
+    convert(dense, moe, Recipe("E2G2T2"), target="mixtral")
     assert difference(*(logits(path, random_ids()) for path in (moe, dense))) < 1e-10
     assert verify(dense, moe, checks=["directory", "weights"]).accepted
 
@@ -56,7 +55,7 @@ def test_plain_gates_are_closer_for_a_flatter_router(
 ) -> None:
     ids, errors = random_ids(), []
     for std in (0.1, None):  # None is the default, 0.001
-        soft = make_recipe(name, Routing.SOFTMAX_TOPK, router_logit_std=std)
+        soft = Recipe(name, routing=Routing.SOFTMAX_TOPK, router_logit_std=std)
         moe = convert(llama, tmp_path / str(std), soft, target="qwen2_moe").output
         errors.append(difference(logits(moe, ids), logits(llama, ids)))
     # The error is of first order in the logits: a hundredth of them, a hundredth of it.

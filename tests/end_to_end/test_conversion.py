@@ -38,8 +38,8 @@ from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import ExpertLayout
 from upcycle_cli.write.writer import WriteOptions
 
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
-TWICE = Recipe(expansion=4, granularity=2, top_k=4)
+RECIPE = Recipe("E2G2T2")
+TWICE = Recipe("E4G2T4")
 CHECK = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
 
 

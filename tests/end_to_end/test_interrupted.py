@@ -24,7 +24,7 @@ from upcycle_cli.write.writer import WriteOptions
 
 NUM_SHARDS = 24
 SHARDED = ("--max-shard-size", "5MB")
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+RECIPE = Recipe("E2G2T2")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def test_a_failed_verification_keeps_the_old_output(
         spoil(moe / "model.safetensors")
         return verify(dense, moe, **options)
 
-    convert(llama, tmp_path / "moe", Recipe(expansion=4, granularity=2, top_k=4))
+    convert(llama, tmp_path / "moe", Recipe("E4G2T4"))
     before = snapshot(tmp_path)
     monkeypatch.setattr("upcycle_cli.verification.verify.verify", verify_spoilt)
     done = convert(llama, tmp_path / "moe", RECIPE, overwrite=True, verify=True)

@@ -10,7 +10,6 @@ import pytest
 from smollm2 import make_smollm2, missing
 
 from upcycle_cli import Options, Recipe, convert, verify
-from upcycle_cli.recipe.recipe import parse_recipe_name
 from upcycle_cli.verification.prompts import TextOptions
 
 pytestmark = [
@@ -44,11 +43,6 @@ def short(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def recipe(name: str, **settings: Any) -> Recipe:  # noqa: ANN401
-    expansion, granularity, top_k = parse_recipe_name(name)
-    return Recipe(expansion=expansion, granularity=granularity, top_k=top_k, **settings)
-
-
 def greedy(path: Path, dtype: str) -> list[int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,14 +71,14 @@ def test_gates_that_sum_to_one_are_exact(
     options: dict[str, Any],
 ) -> None:
     moe = tmp_path / "moe"
-    convert(short, moe, recipe(name, **settings), target=target, options=Options(**options))
+    convert(short, moe, Recipe(name, **settings), target=target, options=Options(**options))
     report = verify(short, moe, texts=FEW)
     assert report.passed, report.to_json()
     assert float(report.checks[2].metrics["kl_mean_conversion" if options else "kl_mean"]) < 1e-9
 
 
 def test_the_whole_model_is_exact_and_writes_the_same_text(dense: Path, tmp_path: Path) -> None:
-    convert(dense, tmp_path / "moe", recipe("E4G8T8"))
+    convert(dense, tmp_path / "moe", "E4G8T8")
     report = verify(dense, tmp_path / "moe")
     assert report.passed, report.to_json()
     metrics = report.checks[2].metrics
@@ -92,13 +86,13 @@ def test_the_whole_model_is_exact_and_writes_the_same_text(dense: Path, tmp_path
     assert float(metrics["top1_agreement"]) == 1.0
     assert greedy(tmp_path / "moe", "float32") == greedy(dense, "float32")
     # In bfloat16 ties can split groups, unless each is one expert.
-    convert(dense, tmp_path / "whole", recipe("E8G1T2"))
+    convert(dense, tmp_path / "whole", "E8G1T2")
     assert greedy(tmp_path / "whole", "bfloat16") == greedy(dense, "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["E8G1T2", "E8G8T8"])
 def test_softmax_topk_is_close(dense: Path, tmp_path: Path, name: str) -> None:
-    convert(dense, tmp_path / "moe", recipe(name, routing="softmax-topk"), target="qwen2_moe")
+    convert(dense, tmp_path / "moe", Recipe(name, routing="softmax-topk"), target="qwen2_moe")
     report = verify(dense, tmp_path / "moe", texts=FEW)
     assert report.passed, report.to_json()
     metrics = report.checks[2].metrics

@@ -12,10 +12,9 @@ import pytest
 import torch
 from conftest import REMOVED, MakeDense, clone, read_json, write_json
 from refusals import INDEX, WEIGHTS, Refuses, invoke
-from shapes import make_recipe
 from verified import edit_tensors
 
-from upcycle_cli import UpcycleError, build_plan, open_checkpoint
+from upcycle_cli import Recipe, UpcycleError, build_plan, open_checkpoint
 
 Damage = Callable[[Path], object]
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.1.post_attention_layernorm.weight"
@@ -70,7 +69,7 @@ def test_refuse_a_config(
 ) -> None:
     dense = clone(make_dense(model_type), tmp_path / "dense", **changes)
     with pytest.raises(UpcycleError) as caught:
-        build_plan(make_recipe("E2G2T2"), open_checkpoint(dense))
+        build_plan(Recipe("E2G2T2"), open_checkpoint(dense))
     assert word in str(caught.value)
 
 
@@ -79,7 +78,7 @@ def test_accept_oddities_that_do_not_matter(llama: Path, tmp_path: Path) -> None
     odd |= {"auto_map": {}, "id2label": {"0": 1}, "transformers_version": 4, "_name_or_path": 7}
     odd |= {"quantization_config": None, "num_experts": 0, "eos_token_id": []}
     dense = clone(llama, tmp_path / "dense", **odd)
-    assert build_plan(make_recipe("E2G2T2"), open_checkpoint(dense)).promise == "exact"
+    assert build_plan(Recipe("E2G2T2"), open_checkpoint(dense)).promise == "exact"
 
 
 # Files --------------------------------------------------------------------------------------------

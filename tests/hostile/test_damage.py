@@ -36,7 +36,7 @@ from upcycle_cli.verification.result import Status
 
 Damage = Callable[[Path], object]
 Row = tuple[str, Damage, str]
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+RECIPE = Recipe("E2G2T2")
 
 
 def assert_caught(dense: Path, moe: Path, check: str, *words: str) -> None:
@@ -462,7 +462,7 @@ def one_word(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("init", ["normal", "balanced", "centroids"])
 def test_rows_that_no_seed_and_no_text_gives(dense: Path, tmp_path: Path, init: str) -> None:
-    recipe = Recipe(expansion=2, granularity=2, top_k=2, router_init=init)  # type: ignore[arg-type]
+    recipe = Recipe("E2G2T2", router_init=init)
     convert(dense, tmp_path / "moe", recipe)
     assert verify(dense, tmp_path / "moe", checks=["weights"]).accepted
     given = load_file(tmp_path / "moe" / "model.safetensors")[ROUTER][::2].float()
@@ -484,7 +484,7 @@ def test_rows_that_no_seed_and_no_text_gives(dense: Path, tmp_path: Path, init: 
 def test_an_order_that_is_no_permutation(dense: Path, tmp_path: Path) -> None:
     """Neurons that one expert has twice, in an order that only the MoE knows."""
     orders = write_orders(tmp_path / "orders.safetensors", alike=0, shape=(2, 2, 64))
-    recipe = Recipe(expansion=2, granularity=2, top_k=2, neuron_order="file")  # type: ignore[arg-type]
+    recipe = Recipe("E2G2T2", neuron_order="file")
     moe = tmp_path / "moe"
     convert(dense, moe, recipe, neuron_orders=orders)
     assert verify(dense, moe).passed
@@ -575,7 +575,7 @@ def test_trained_weights_are_one_sentence(
 
     qwen, trained = tmp_path / "qwen", tmp_path / "trained"
     made: dict[str, Any] = {"router_init": init, "neuron_order": order}
-    recipe = Recipe(expansion=4, granularity=2, top_k=2, **made)
+    recipe = Recipe("E4G2T2", **made)
     convert(dense, qwen, recipe, target="qwen2_moe")
     model = AutoModelForCausalLM.from_pretrained(qwen, dtype="auto")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -37,7 +37,7 @@ fuzz = settings(
     derandomize="UPCYCLE_FUZZ" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+RECIPE = Recipe("E2G2T2")
 QUICKLY = WriteOptions(fsync=False, workers=1)
 Change = Callable[[Any], Any]
 

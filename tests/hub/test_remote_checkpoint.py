@@ -25,7 +25,7 @@ from upcycle_cli.hub.remote_checkpoint import is_repo_id, locate_model, split_re
 REPO = "acme/tiny"
 WEIGHTS = "model.safetensors"
 CONVERT = ("convert", REPO, "out", "-r", "E2G1T1")
-RECIPE = Recipe(expansion=2, granularity=1, top_k=1)
+RECIPE = Recipe("E2G1T1")
 
 
 # What is downloaded ------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_measure_every_target_and_what_transformers_saves_of_it(
     from transformers import AutoModelForCausalLM
 
     dense = make_dense(source_of(target))
-    recipe = Recipe(expansion=4, granularity=2, top_k=2)
+    recipe = Recipe("E4G2T2")
     done = convert(dense, tmp_path / "moe", recipe, target=target)
     before = load_of(done.output, text)
     assert [each.layer for each in before.layers] == [*done.plan.layers]
@@ -55,7 +55,7 @@ def test_count_what_the_running_model_chooses(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dense = make_dense("llama", dtype=dtype)
-    moe = convert(dense, tmp_path / "moe", Recipe(expansion=8, granularity=1, top_k=2)).output
+    moe = convert(dense, tmp_path / "moe", Recipe("E8G1T2")).output
     model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32).eval()
     ids = AutoTokenizer.from_pretrained(moe)(text.read_text())["input_ids"][:TOKENS]
     length = model.config.max_position_embeddings
@@ -75,7 +75,7 @@ def test_count_what_the_running_model_chooses(
 def idle_moe(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MoE whose last layer never chooses the last two of its four experts."""
     moe = tmp_path_factory.mktemp("idle") / "moe"
-    convert(llama, moe, Recipe(expansion=4, granularity=1, top_k=1))
+    convert(llama, moe, Recipe("E4G1T1"))
     tensors = read_tensors(moe)
     rows_NH = tensors[ROUTER.format(1)]
     rows_NH[1] = -rows_NH[0]

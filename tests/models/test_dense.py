@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from configs import FULL, SIZES, SLIDING, converted, dense_model, transformers_config
-from shapes import BIG, big_config, make_recipe, model_shapes
+from shapes import BIG, big_config, model_shapes
 
-from upcycle_cli import UpcycleError
+from upcycle_cli import Recipe, UpcycleError
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.dense_rows import DENSE
@@ -129,7 +129,7 @@ def test_a_config_means_what_transformers_reads_before_and_after(config: dict[st
             choose(config, target, None)
         except UpcycleError:
             continue  # it cannot express this model
-        moe = converted(config, target, make_recipe("E2G2T2"))
+        moe = converted(config, target, Recipe("E2G2T2"))
         assert meaning(transformers_config(moe)) == wanted, target
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from configs import converted
 from conftest import sizes_of
-from shapes import make_recipe, tiny_config
+from shapes import tiny_config
 
-from upcycle_cli import UpcycleError
+from upcycle_cli import Recipe, UpcycleError
 from upcycle_cli.models.choose import choose
 from upcycle_cli.models.layers import format_layers, parse_layers
 from upcycle_cli.models.moe_rows import NATIVE
@@ -85,7 +85,7 @@ def test_the_layers_are_in_the_config(
     sizes = sizes_of(model_type)
     if not sizes.keys() & {"layer_types", "layers_block_type"}:
         sizes["num_hidden_layers"] = 4
-    recipe = make_recipe("E2G2T2", layers=layers)
+    recipe = Recipe("E2G2T2", layers=layers)
     moe = converted({"model_type": model_type, **sizes}, target, recipe)
     assert moe | stated == moe
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from conftest import TINY, MakeDense, difference, write_json
 from safetensors.torch import load_file
-from shapes import make_recipe
 
-from upcycle_cli import convert
+from upcycle_cli import Recipe, convert
 from upcycle_cli.models import modeling_upcycled as shipped
 from upcycle_cli.models.shipped import CODE_NAME, auto_map
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
@@ -36,7 +35,7 @@ def small(make_dense: MakeDense, tmp_path: Path) -> Small:
         family: str, routing: str = "topk-softmax", layers: str | None = None, **keys: Any
     ) -> tuple[Any, Path]:
         recipe = "E2G2T4" if routing == "softmax-topk" else "E2G2T2"
-        wanted = make_recipe(recipe, Routing(routing), layers=layers)
+        wanted = Recipe(recipe, routing=Routing(routing), layers=layers)
         source, moe = make_dense(family, **OTHER.get(family, {})), tmp_path / "moe"
         convert(source, moe, wanted, target=SHIPPED)
         config = json.loads((moe / "config.json").read_text())

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 from configs import converted, source_of, transformers_config
 from conftest import sizes_of
-from shapes import make_recipe, tiny_config
+from shapes import tiny_config
 from test_dense import YARN
 
+from upcycle_cli import Recipe
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import Routing
 
-RECIPE = make_recipe("E2G1T1")
+RECIPE = Recipe("E2G1T1")
 NOT_READ = {
     # by a forward pass, or written by transformers itself
     *("use_cache", "initializer_range", "dtype", "transformers_version", "rope_parameters"),
@@ -27,7 +28,7 @@ NOT_READ = {
 @pytest.mark.parametrize("target", DENSE["llama"].targets)
 def test_nothing_is_left_to_the_targets_defaults(target: str) -> None:
     """Every key that both model types have is written."""
-    moe = converted({"model_type": "llama"}, target, make_recipe("E4G2T4"))
+    moe = converted({"model_type": "llama"}, target, Recipe("E4G2T4"))
     ours, theirs = (transformers_config({"model_type": name}) for name in ("llama", target))
     assert (ours.to_dict().keys() & theirs.to_dict().keys()) - NOT_READ <= moe.keys()
     assert moe["architectures"] == [NATIVE[target].architecture]
@@ -40,7 +41,7 @@ def test_the_recipe_is_in_the_config(target: str) -> None:
     model_type = source_of(target)
     config = {"model_type": model_type, **sizes_of(model_type)}
     for routing in row.routings:
-        moe = converted(config, target, make_recipe("E4G3T6", routing))
+        moe = converted(config, target, Recipe("E4G3T6", routing=routing))
         # from_dict does not read infinity as transformers writes it.
         theirs = transformers_config({k: v for k, v in moe.items() if k != "time_step_limit"})
         stated = [row.keys.num_experts, row.keys.top_k, row.keys.expert_size]
@@ -99,7 +100,7 @@ def test_keys_of_the_target_in_the_source_mean_nothing(target: str) -> None:
     ],
 )
 def test_keys_that_only_engines_read(model_type: str, target: str, keys: dict[str, Any]) -> None:
-    recipe = make_recipe("E2G1T1", layers="1-" if target == "hy_v3" else None)
+    recipe = Recipe("E2G1T1", layers="1-" if target == "hy_v3" else None)
     assert keys.items() <= converted(tiny_config(model_type), target, recipe).items()
 
 
@@ -130,7 +131,7 @@ def test_old_rope_keys_are_written_for_new_ones() -> None:
     assert (plain["rope_theta"], plain["rope_scaling"]) == (5e5, None)
     # The old keys cannot state settings by kind of layer, so only the source's key is written.
     by_kind = {"model_type": "gemma3_text", **sizes_of("gemma3_text"), "rope_theta": 1e6}
-    moe = converted(by_kind, "upcycled", make_recipe("E2G2T2"))
+    moe = converted(by_kind, "upcycled", Recipe("E2G2T2"))
     assert moe["rope_theta"] == 1e6
     assert "rope_scaling" not in moe
 
@@ -141,7 +142,7 @@ def test_former_keys_win() -> None:
     config = {"model_type": "lfm2", **sizes_of("lfm2"), "tie_word_embeddings": True, **old}
     theirs = transformers_config(config)
     assert (theirs.intermediate_size, theirs.tie_word_embeddings) == (96, False)
-    moe = converted(config, "lfm2_moe", make_recipe("E2G2T2"))
+    moe = converted(config, "lfm2_moe", Recipe("E2G2T2"))
     assert (moe["intermediate_size"], moe["moe_intermediate_size"]) == (96, 48)
     assert moe["tie_word_embeddings"] is False
     assert not moe.keys() & {"block_ff_dim", "tie_embedding"}

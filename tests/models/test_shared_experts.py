@@ -64,7 +64,7 @@ def test_the_logits_are_the_dense_models(
 def inert(make_dense: MakeDense, target: str, moe: Path, **settings: Any) -> Path:  # noqa: ANN401
     dense, able = make_dense(source_of(target)), NATIVE[target].routings
     routing = able[-1] if able[0] is Routing.SOFTMAX_TOPK else able[0]
-    wanted = Recipe(expansion=2, granularity=2, top_k=2, routing=routing, **settings)
+    wanted = Recipe("E2G2T2", routing=routing, **settings)
     convert(dense, moe, wanted, target=target)
     return dense
 

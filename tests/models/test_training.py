@@ -11,7 +11,6 @@ import pytest
 import torch
 from configs import converted, source_of
 from conftest import MakeDense, random_ids, read_json, sizes_of, write_json
-from shapes import make_recipe
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
 from upcycle_cli.models.moe_rows import NATIVE
@@ -95,7 +94,7 @@ def test_shipped_code_ties_groups_by_its_config(load: Any) -> None:  # noqa: ANN
 def test_groups_are_tied_by_default_where_that_was_measured_to_train_better(
     routing: str, granularity: int, top_k: int, size: int | None
 ) -> None:
-    recipe = make_recipe(f"E4G{granularity}T{top_k}", Routing(routing))
+    recipe = Recipe(f"E4G{granularity}T{top_k}", routing=Routing(routing))
     config = converted({"model_type": "olmo2", **sizes_of("olmo2")}, SHIPPED, recipe)
     assert config.get("virtual_group_size") == size
 

@@ -27,7 +27,7 @@ LLAVA: Row = ("llava", "llama", "mixtral")
 GEMMA3: Row = ("gemma3", "gemma3_text", SHIPPED)
 GEMMA4: Row = ("gemma4", "gemma4_text", SHIPPED)
 QWEN3: Row = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe_text")
-SOME = Recipe(expansion=2, granularity=2, top_k=2)
+SOME = Recipe("E2G2T2")
 MakeWrapper = Callable[..., Path]
 MakeMoe = Callable[[Row], tuple[Path, Path]]
 
@@ -234,4 +234,4 @@ def test_refuse_square_matrices_since_readers_infer_their_orientation(
 ) -> None:
     dense = open_checkpoint(make_wrapper(*QWEN3[:2]))
     with pytest.raises(UpcycleError, match="would be square, 32 by 32"):
-        build_plan(Recipe(expansion=2, granularity=3, top_k=3), dense, target=QWEN3[2])
+        build_plan(Recipe("E2G3T3"), dense, target=QWEN3[2])

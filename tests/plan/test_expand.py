@@ -216,7 +216,7 @@ def test_refuse_a_config_that_cannot_be_grown(
 
 def test_grow_what_upcycle_made_and_name_the_two_steps(llama: Path, tmp_path: Path) -> None:
     """A group of G experts becomes one of k·G that has each shard k times."""
-    recipe = Recipe(expansion=2, granularity=4, top_k=2, shared_experts=2)
+    recipe = Recipe("E2G4T2", shared_experts=2)
     first = convert(llama, tmp_path / "first", recipe, target="glm4_moe").output
     made, ids = (
         convert(first, tmp_path / "so grown", Growth(expand=2)).output,

@@ -94,7 +94,7 @@ def test_each_virtual_group_comes_from_its_model(
     convert(
         models[0],
         tmp_path / "moe",
-        Recipe(expansion=6, granularity=2, top_k=2),
+        Recipe("E6G2T2"),
         merge=MergeRequest(experts_from=models[1:], rest=rest),
     )
     assert [snapshot(model) for model in models] == before
@@ -122,7 +122,7 @@ def test_each_virtual_group_comes_from_its_model(
 def test_the_source_need_not_give_experts(models: list[Path], tmp_path: Path) -> None:
     named = [models[2], models[1], models[2]]
     merge = MergeRequest(experts_from=named, source_too=False)
-    convert(models[0], tmp_path / "moe", Recipe(expansion=3, granularity=1, top_k=2), merge=merge)
+    convert(models[0], tmp_path / "moe", Recipe("E3G1T2"), merge=merge)
     moe = read_tensors(tmp_path / "moe")
     for expert, model in enumerate(named):
         up = read_tensors(model)["model.layers.1.mlp.up_proj.weight"]
@@ -133,7 +133,7 @@ def test_the_source_need_not_give_experts(models: list[Path], tmp_path: Path) ->
 
 def test_one_model_by_other_names_is_one_model(models: list[Path], tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(models[0])
-    recipe = Recipe(expansion=2, granularity=1, top_k=1)
+    recipe = Recipe("E2G1T1")
     merge = MergeRequest(experts_from=[tmp_path / "link", models[0]])
     done = convert(models[0], tmp_path / "merged", recipe, merge=merge)
     assert done.plan.merge is None
@@ -298,7 +298,7 @@ def test_router_rows_are_made_of_the_prompts(models: list[Path], tmp_path: Path)
     done = convert(
         models[0],
         tmp_path / "moe",
-        Recipe(expansion=3, granularity=2, top_k=2, router_init=RouterInit.PROMPTS),
+        Recipe("E3G2T2", router_init=RouterInit.PROMPTS),
         options=Options(dtype="float32"),
         merge=MergeRequest(experts_from=models[1:]),
         positive_prompts=file,
@@ -339,7 +339,7 @@ def test_convert_by_a_mergekit_file(models: list[Path], tmp_path: Path) -> None:
     convert(
         models[0],
         tmp_path / "same",
-        Recipe(expansion=3, granularity=1, top_k=1),
+        Recipe("E3G1T1"),
         options=Options(dtype="bfloat16"),
         merge=MergeRequest(experts_from=models, source_too=False),
     )

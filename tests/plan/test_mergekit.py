@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from shapes import make_recipe, tiny_config, write_hollow
+from shapes import tiny_config, write_hollow
 
-from upcycle_cli import UpcycleError, build_plan, open_checkpoint
+from upcycle_cli import Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge
 from upcycle_cli.plan.mergekit import read_mergekit
@@ -124,8 +124,8 @@ def test_refuse_prompts_that_do_not_fit(
     inputs = Inputs(text=None if content is None else read_prompts(save(tmp_path, content)))
     merge = Merge(others=(models[1],), cycle=(0, 1))
     with pytest.raises(UpcycleError) as caught:
-        build_plan(make_recipe(recipe, router_init=init), models[0], inputs=inputs, merge=merge)
+        build_plan(Recipe(recipe, router_init=init), models[0], inputs=inputs, merge=merge)
     assert words in f"{caught.value.message} {caught.value.hint}"
     if recipe == "E2G1T1" and init == "prompts":
         with pytest.raises(UpcycleError):  # prompts need several models
-            build_plan(make_recipe(recipe, router_init=init), models[0], inputs=inputs)
+            build_plan(Recipe(recipe, router_init=init), models[0], inputs=inputs)

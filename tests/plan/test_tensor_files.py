@@ -12,9 +12,8 @@ import torch
 from conftest import MakeDense, read_tensors
 from refusals import assert_refused, invoke
 from safetensors.torch import save_file
-from shapes import make_recipe
 
-from upcycle_cli import UpcycleError, build_plan, open_checkpoint, verify
+from upcycle_cli import Recipe, UpcycleError, build_plan, open_checkpoint, verify
 from upcycle_cli.plan.inputs import Inputs
 
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -117,7 +116,7 @@ def test_refuse_files_that_do_not_fit(
     file, target = write(tmp_path / "file", kind, shape, more), options.pop("target", "auto")
     names = {"router": ("router_init", "rows"), "neuron_order": ("neuron_order", "orders")}
     option, argument = names[kind]
-    recipe = make_recipe("E4G2T4", None, **{option: "file"}, **options)
+    recipe = Recipe("E4G2T4", **options | {option: "file"})
     with pytest.raises(UpcycleError) as caught:
         build_plan(recipe, dense, target=target, inputs=Inputs.read(**{argument: file}))
     assert words in " ".join(str(caught.value).split())
@@ -126,8 +125,8 @@ def test_refuse_files_that_do_not_fit(
 def test_refuse_a_file_without_its_option_and_the_reverse(llama: Path, tmp_path: Path) -> None:
     dense = open_checkpoint(llama)
     given = Inputs.read(orders=write(tmp_path / "o", "neuron_order", (3, INNER)))
-    shuffled = make_recipe("E3G2T4", neuron_order="shuffled")
-    from_file = make_recipe("E3G2T4", router_init="file")
+    shuffled = Recipe("E3G2T4", neuron_order="shuffled")
+    from_file = Recipe("E3G2T4", router_init="file")
     with pytest.raises(UpcycleError, match="shuffled, with a file of neuron orders"):
         build_plan(shuffled, dense, inputs=given)
     with pytest.raises(UpcycleError, match="file, without a file of router rows"):

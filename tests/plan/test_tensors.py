@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_tensors
-from shapes import hollow_plan, make_recipe
+from shapes import hollow_plan
 
-from upcycle_cli import UpcycleError, WriteOptions, convert
+from upcycle_cli import Recipe, UpcycleError, WriteOptions, convert
 from upcycle_cli.plan.expressions import AddNoise, Source, leaves
 from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
 
@@ -32,12 +32,9 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def made(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Tensors]:
     dense, folder = make_dense("llama", intermediate_size=INNER), tmp_path_factory.mktemp("moe")
-    for name, share in (
-        ("noise", 0.05),
-        ("reinit", REINIT),
-        ("seed", 0),
-    ):  # with a seed of 0: plain
-        recipe = make_recipe("E3G2T4", None, **{name: share})
+    kinds = {"noise": {"noise": 0.05}, "reinit": {"reinit": REINIT}, "seed": {}}
+    for name, settings in kinds.items():
+        recipe = Recipe("E3G2T4", **settings)  # type: ignore[arg-type]
         convert(dense, folder / name, recipe, writing=QUICKLY)
     return {path.name: read_tensors(path) for path in folder.iterdir()}
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import LAYOUTS, MakeDense
-from shapes import big_config, hollow_plan, make_recipe, tiny_config, write_hollow
+from shapes import big_config, hollow_plan, tiny_config, write_hollow
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def test_dense_parameters_are_the_published_ones(big: Mapping[str, Checkpoint]) 
     published = {"mistral-7b-v0.1": 7_241_732_096, "qwen3-32b": 32_762_123_264}
     assert [*published.values()] == [MISTRAL_7B, QWEN3_32B]
     for name, count in published.items():
-        plan = build_plan(make_recipe("E2G1T1"), big[name])
+        plan = build_plan(Recipe("E2G1T1"), big[name])
         assert plan.dense_parameters == big[name].num_parameters == count
 
 
@@ -77,7 +77,7 @@ def test_parameters_and_bytes(
     mlps: int,
     layout: ExpertLayout,
 ) -> None:
-    options, wanted = Options(expert_layout=layout), make_recipe(recipe)
+    options, wanted = Options(expert_layout=layout), Recipe(recipe)
     plan = build_plan(wanted, big[name], target=target, options=options)
     assert plan.total_parameters == one_group + (wanted.expansion - 1) * mlps
     assert plan.active_parameters == one_group + (wanted.top_k // wanted.granularity - 1) * mlps
@@ -85,7 +85,7 @@ def test_parameters_and_bytes(
 
 
 def test_top_k_of_a_part_of_a_group(big: Mapping[str, Checkpoint]) -> None:
-    recipe = make_recipe("E8G8T2", allow_inexact=True)
+    recipe = Recipe("E8G8T2", allow_inexact=True)
     plan = build_plan(recipe, big["mistral-7b-v0.1"])
     idle = MISTRAL_7B_MLP * 6 // 8  # two of the eight eighths are used
     assert plan.active_parameters == MISTRAL_7B + 32 * (64 * 4096 - idle)
@@ -121,7 +121,7 @@ def test_flops_leave_out_the_lookup(
 
 def test_looking_up_a_second_embedding_costs_nothing_either(make_dense: MakeDense) -> None:
     source = open_checkpoint(make_dense("gemma4_text"))
-    plan = build_plan(Recipe(expansion=2, granularity=2, top_k=2), source)
+    plan = build_plan(Recipe("E2G2T2"), source)
     table = source.tensors["model.embed_tokens_per_layer.weight"].num_elements
     assert plan.multiplied == (plan.active_parameters - table, plan.dense_parameters - table)
 
@@ -135,7 +135,7 @@ def test_no_shard_is_too_large_but_for_a_lone_tensor(
     big: Mapping[str, Checkpoint], layout: ExpertLayout, max_bytes: int
 ) -> None:
     options = Options(expert_layout=layout, max_shard_bytes=max_bytes)
-    plan = build_plan(make_recipe("E8G8T8"), big["mistral-7b-v0.1"], options=options)
+    plan = build_plan(Recipe("E8G8T8"), big["mistral-7b-v0.1"], options=options)
     count = len(plan.shards)
     assert [shard.name for shard in plan.shards] == [
         f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
@@ -149,7 +149,7 @@ def test_no_shard_is_too_large_but_for_a_lone_tensor(
 
 # The digest --------------------------------------------------------------------------------------
 
-RECIPE = make_recipe("E2G2T2")
+RECIPE = Recipe("E2G2T2")
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_a_scaled_down_bias_counts_as_rounded(
 ) -> None:
     """A factor in the config leaves matrices alone, but a down bias is scaled by 1/G."""
     source = open_checkpoint(make_dense(model_type, dtype="bfloat16"))
-    plan = build_plan(make_recipe("E2G3T3"), source, target="upcycled")
+    plan = build_plan(Recipe("E2G3T3"), source, target="upcycled")
     assert plan.factors.config == 3.0
     assert plan.promise is Promise.EXACT
     assert plan.rounded_parts == (("down_bias",) if biased else ())

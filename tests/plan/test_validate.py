@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shapes import make_recipe, tensor_shapes, tiny_config, write_hollow
+from shapes import tensor_shapes, tiny_config, write_hollow
 
-from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.plan.expressions import Source
 from upcycle_cli.recipe.recipe import ExpertLayout
 
-RECIPE = make_recipe("E2G2T2")
+RECIPE = Recipe("E2G2T2")
 Changes = Mapping[str, tuple[int, ...] | None]
 LAYER_1 = "model.layers.1"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from shapes import hollow_plan, make_recipe
+from shapes import hollow_plan
 
-from upcycle_cli import Options, build_plan, open_checkpoint
+from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.warnings import warnings
 from upcycle_cli.recipe.recipe import Routing, ScaleSplit, Scaling
@@ -150,7 +150,7 @@ def test_remedies(
 def test_name_the_engines_that_go_wrong(
     make_dense: MakeDense, model_type: str, target: str, routing: Routing, found: dict[str, str]
 ) -> None:
-    recipe = make_recipe("E4G2T4", routing)
+    recipe = Recipe("E4G2T4", routing=routing)
     made = [*warnings(build_plan(recipe, open_checkpoint(make_dense(model_type)), target=target))]
     assert [text for text in made if f" with {target} and {routing}: " in text] == [
         f"{name} with {target} and {routing}: {words}." for name, words in found.items()

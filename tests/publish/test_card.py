@@ -39,7 +39,7 @@ NAMES = [
 
 def card_of(llama: Path, tmp_path: Path, name: str) -> str:
     dense = clone(llama, tmp_path / name)
-    plan = build_plan(Recipe(expansion=2, granularity=2, top_k=4), open_checkpoint(dense))
+    plan = build_plan(Recipe("E2G2T4"), open_checkpoint(dense))
     check = CheckResult(name="outputs", status=Status.PASSED, detail="a | b\n`c` <d>")
     return model_card(plan, Report(checks=(check,)))
 

@@ -18,7 +18,7 @@ from upcycle_cli.publish.card import card_for_repo
 
 REPO = "acme/tiny"
 MOE = "acme/moe"
-RECIPE = Recipe(expansion=2, granularity=1, top_k=1)
+RECIPE = Recipe("E2G1T1")
 CONVERT = ("convert", REPO, "out", "-r", "E2G1T1")
 
 

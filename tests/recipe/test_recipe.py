@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from shapes import make_recipe
 
 from upcycle_cli import Growth, Recipe, UpcycleError
 from upcycle_cli.recipe.recipe import (
@@ -77,33 +76,31 @@ def test_a_growth_is_valid_or_is_not_made(values: dict[str, Any]) -> None:
 
 def test_python_callers_may_write_what_the_command_line_takes() -> None:
     """A plain string equals a StrEnum member without being one, and 4 is as good as 4.0."""
-    loose: dict[str, Any] = {"scaling": "none", "scale_split": "down", "routing": "topk-softmax"}
-    written = make_recipe("E8G1T2", **loose)
-    meant = make_recipe("E8G1T2", TOPK_SOFTMAX, scaling=Scaling.NONE, scale_split=ScaleSplit.DOWN)
-    assert written == meant
+    written = Recipe("E8G1T2", routing="topk-softmax", scale_split="down")
+    assert written == Recipe("E8G1T2", routing=TOPK_SOFTMAX, scale_split=ScaleSplit.DOWN)
     assert written.routing is TOPK_SOFTMAX
-    assert make_recipe("E8G1T2", TOPK_SOFTMAX, scaling=4).factors().c == 4.0
+    assert Recipe("E8G1T2", routing=TOPK_SOFTMAX, scaling=4).factors().c == 4.0
 
 
 @pytest.mark.parametrize("default", list(Routing))
 def test_resolving_fills_in_only_what_is_absent(default: Routing) -> None:
     # Any router is exact for gates that sum to 1; the others must be nearly equal.
     assert DEFAULT_LOGIT_STD == {SOFTMAX_TOPK: 0.001, TOPK_SOFTMAX: 1.0, SIGMOID_TOPK: 1.0}
-    resolved = make_recipe("E8G1T2", seed=3).resolve(default)
+    resolved = Recipe("E8G1T2", seed=3).resolve(default)
     assert (resolved.routing, resolved.seed) == (default, 3)
     assert resolved.router_logit_std == DEFAULT_LOGIT_STD[default]
     assert resolved.resolve(TOPK_SOFTMAX) == resolved
-    stated = make_recipe("E8G1T2", SOFTMAX_TOPK, router_logit_std=0.5)
+    stated = Recipe("E8G1T2", routing=SOFTMAX_TOPK, router_logit_std=0.5)
     assert stated.resolve(default) == replace(stated, scale_split=ScaleSplit.BALANCED)
 
 
 def test_a_granularity_must_divide_the_intermediate_size() -> None:
     for granularity, near in ((5, "4 or 6"), (7, "6 or 12"), (8, "6 or 12"), (24, "12")):
         with pytest.raises(UpcycleError, match="12 is not divisible by granularity") as caught:
-            make_recipe(f"E2G{granularity}T{granularity}").check_width(12)
+            Recipe(f"E2G{granularity}T{granularity}").check_width(12)
         assert caught.value.hint == f"Try {near}."
     with pytest.raises(UpcycleError, match="rounds to 0 neurons") as caught:
-        make_recipe("E2G2T2", reinit=0.01).check_width(12)
+        Recipe("E2G2T2", reinit=0.01).check_width(12)
     assert caught.value.hint == "Use a `reinit` of at least 0.0833."
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes import make_recipe
 
 from upcycle_cli import Recipe
 from upcycle_cli.recipe.recipe import Promise, Routing, ScaleSplit, Scaling
@@ -42,16 +41,16 @@ def lossless(factors: Factors) -> bool:
     ],
 )
 def test_exact_factors(name: str, routing: Routing, c: float, up: float, down: float) -> None:
-    factors = make_recipe(name, routing).factors()
+    factors = Recipe(name, routing=routing).factors()
     assert (factors.c, factors.gate, factors.up, factors.down) == (c, 1.0, up, down)
     assert factors.preserve()
-    all_down = make_recipe(name, routing, scale_split=ScaleSplit.DOWN).factors()
+    all_down = Recipe(name, routing=routing, scale_split=ScaleSplit.DOWN).factors()
     assert (all_down.c, all_down.up, all_down.down) == (c, 1.0, c)
 
 
 @pytest.mark.parametrize("name", ["E2G2T4", "E4G3T12", "E1G5T5", "E8G1T8"])
 def test_all_routings_agree_when_every_expert_is_chosen(name: str) -> None:
-    one, *others = (make_recipe(name, routing) for routing in Routing)
+    one, *others = (Recipe(name, routing=routing) for routing in Routing)
     for other in others:
         assert one.factors() == other.factors()
         assert one.promise(one.factors()) == other.promise(other.factors()) == (Promise.EXACT, "")
@@ -76,7 +75,7 @@ def test_factors_multiply_to_c(
 @given(exponent=st.integers(0, 30), degree=st.integers(0, 2))
 def test_powers_of_two_are_lossless_for_every_kind(exponent: int, degree: int) -> None:
     kind = MlpKind(gated=False, degree=degree)
-    factors = make_recipe("E2G1T1", TOPK_SOFTMAX, scaling=2.0**exponent).factors(kind)
+    factors = Recipe("E2G1T1", routing=TOPK_SOFTMAX, scaling=2.0**exponent).factors(kind)
     assert lossless(factors)
     assert factors.preserve(kind)
     assert min(factors.up, factors.down) >= 1
@@ -96,18 +95,18 @@ def test_powers_of_two_are_lossless_for_every_kind(exponent: int, degree: int) -
 def test_factors_of_a_squared_relu(
     name: str, c: float, paper: float, exact: tuple[float, float]
 ) -> None:
-    factors = make_recipe(name, SOFTMAX_TOPK, scaling=Scaling.PAPER).factors(RELU2)
+    factors = Recipe(name, routing=SOFTMAX_TOPK, scaling=Scaling.PAPER).factors(RELU2)
     assert (factors.c, factors.gate) == (c, 1.0)
     assert (round(factors.up, 4), round(factors.down, 4)) == (paper, paper)
     assert factors.preserve(RELU2)
     assert not factors.preserve()  # a gated MLP is linear in up
-    factors = make_recipe(name, SOFTMAX_TOPK).factors(RELU2)
+    factors = Recipe(name, routing=SOFTMAX_TOPK).factors(RELU2)
     assert (round(factors.up, 4), round(factors.down, 4)) == exact
     assert factors.preserve(RELU2)
 
 
 def test_an_activation_that_is_not_homogeneous_leaves_up_alone() -> None:
-    exact = make_recipe("E8G8T8", TOPK_SOFTMAX)
+    exact = Recipe("E8G8T8", routing=TOPK_SOFTMAX)
     assert exact.factors(GELU) == Factors(c=8.0, gate=1.0, up=1.0, down=8.0)
     assert exact.promise(exact.factors(GELU), GELU)[0] is Promise.EXACT
     paper = replace(exact, scaling=Scaling.PAPER)

@@ -28,8 +28,8 @@ from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.rebuild import expectation
 from upcycle_cli.verification.result import CheckResult, Status
 
-PAIRS = Recipe(expansion=2, granularity=2, top_k=2)
-SPLITS = Recipe(expansion=4, granularity=4, top_k=3, allow_inexact=True)
+PAIRS = Recipe("E2G2T2")
+SPLITS = Recipe("E4G4T3", allow_inexact=True)
 EXACT = Expectation(promise=Promise.EXACT, group_size=2)
 MEASURED = Expectation(promise=Promise.NONE, reason="of a test")
 
@@ -127,7 +127,7 @@ def test_copies_of_an_expert_run_once_with_the_same_result(
 ) -> None:
     from upcycle_cli.run.merge_copies import MergeCopies
 
-    recipe = Recipe(expansion=4, granularity=2, top_k=4)
+    recipe = Recipe("E4G2T4")
     moe = convert(llama, tmp_path / "moe", recipe).output
     merged = outputs_of(llama, moe)
     found: list[list[int]] = []
@@ -147,7 +147,7 @@ def test_copies_of_an_expert_run_once_with_the_same_result(
 
 
 def test_an_error_is_measured_in_the_layer_that_adds_it(llama: Path, tmp_path: Path) -> None:
-    moe = convert(llama, tmp_path / "moe", Recipe(expansion=4, granularity=1, top_k=2)).output
+    moe = convert(llama, tmp_path / "moe", Recipe("E4G1T2")).output
     one = replace(EXACT, group_size=1)
     good = outputs_of(llama, moe, one)
     assert [layer.layer for layer in good.layers] == [0, 1]
@@ -224,7 +224,7 @@ def test_metrics_are_held_to_the_promise(
         ("apertus", "float32", PAIRS, "upcycled", "float16"),  # a small constant is rounded
         ("cohere2", "float32", replace(PAIRS, expansion=4), "cohere2_moe", None),  # ties
         *(
-            (name, "bfloat16", Recipe(expansion=2, granularity=3, top_k=3), "upcycled", None)
+            (name, "bfloat16", Recipe("E2G3T3"), "upcycled", None)
             for name in ("phi", "starcoder2", "gpt_neo")  # a bias times 1/3 is rounded
         ),
     ],

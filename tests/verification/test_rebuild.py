@@ -163,7 +163,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("rest", ["first", "mean"])
 def test_several_models_are_told_apart(models: list[Path], tmp_path: Path, rest: str) -> None:
     moe, (first, *others) = tmp_path / "moe", models
-    recipe = Recipe(expansion=3, granularity=2, top_k=2)
+    recipe = Recipe("E3G2T2")
     convert(
         first, moe, recipe, merge=MergeRequest(experts_from=others, rest=NonExpertWeights(rest))
     )
@@ -190,7 +190,7 @@ def test_three_models_with_rows_made_of_prompts(models: list[Path], tmp_path: Pa
     words = {"good": "sums and proofs", "bad": "rhymes and verses", "ugly": "tests and bugs"}
     prompts = {model.name: [text] for model, text in zip(models, words.values(), strict=True)}
     write_json(tmp_path / "prompts.json", prompts)
-    moe, recipe = tmp_path / "moe", Recipe(expansion=3, granularity=1, top_k=2)
+    moe, recipe = tmp_path / "moe", Recipe("E3G1T2")
     convert(
         models[0],
         moe,

@@ -16,7 +16,7 @@ from upcycle_cli.write import preflight
 from upcycle_cli.write.preflight import check_space
 from upcycle_cli.write.staging import partial_of
 
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+RECIPE = Recipe("E2G2T2")
 Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - what shutil returns
 
 

@@ -33,7 +33,7 @@ from upcycle_cli.write import evaluate as module
 from upcycle_cli.write.evaluate import evaluate, evaluate_together
 from upcycle_cli.write.file_layout import bundles
 
-RECIPE = Recipe(expansion=2, granularity=2, top_k=2)
+RECIPE = Recipe("E2G2T2")
 
 
 @pytest.fixture(scope="module")

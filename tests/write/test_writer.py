@@ -17,9 +17,9 @@ import pytest
 from conftest import LAYOUTS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shapes import PAIRS, make_recipe, same_bits, tensor_shapes, tiny_config, value_of, write_model
+from shapes import PAIRS, same_bits, tensor_shapes, tiny_config, value_of, write_model
 
-from upcycle_cli import Options, UpcycleError, build_plan, open_checkpoint
+from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.core.platform import BLOCK_BYTES
 from upcycle_cli.plan.expressions import Expr, describe, leaves
 from upcycle_cli.plan.output import Role
@@ -50,7 +50,7 @@ def make(tmp_path: Path) -> Make:
     ) -> Plan:
         path = write_model(tmp_path / "dense", tiny_config(model_type, **config), dtype=dtype)
         source = open_checkpoint(path)
-        return build_plan(make_recipe(recipe), source, target=target, options=options)
+        return build_plan(Recipe(recipe), source, target=target, options=options)
 
     return plan
 
@@ -140,7 +140,7 @@ def test_overflow_is_refused_by_name(make: Make, output: Path) -> None:
     tensors = {k: v.clone() for k, v in load_file(source / "model.safetensors").items()}
     tensors["model.layers.0.mlp.up_proj.weight"].reshape(-1)[-1] = 1e6
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    plan = build_plan(make_recipe("E2G2T2"), open_checkpoint(source), options=options)
+    plan = build_plan(Recipe("E2G2T2"), open_checkpoint(source), options=options)
     name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
     with pytest.raises(UpcycleError, match=f"{name}: a finite .* becomes infinite in f16"):
         write(plan, output)

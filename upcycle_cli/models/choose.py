@@ -15,7 +15,7 @@ from upcycle_cli.models.layers import parse_layers
 from upcycle_cli.models.lookup import dense_model, native_target, shipped_target, targets_of
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.recipe.recipe import SHIPPED
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +48,7 @@ class Family(Compact):
 def choose(
     config: Mapping[str, Any],
     target: str,
-    routing: Routing | None,
+    routing: str | None,
     *,
     layers: str | None = None,
     names: Collection[str] = (),
@@ -90,7 +90,7 @@ def choose(
 def _objection(
     target: Target,
     dense: DenseModel,
-    routing: Routing | None,
+    routing: str | None,
     layers: Sequence[int],
     biased: bool,  # noqa: FBT001
     shared_experts: int,

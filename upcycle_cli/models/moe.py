@@ -228,7 +228,7 @@ class Target(Compact):
         """Return the prefix of a layer's tensor names."""
         return self.layer.format(layer=layer)
 
-    def layout(self, wanted: ExpertLayout | None) -> ExpertLayout:
+    def layout(self, wanted: str | None) -> ExpertLayout:
         """Return the wanted layout, or the default; raises UpcycleError if it lacks that layout."""
         if wanted is None:
             return next(iter(self.layouts))
@@ -237,11 +237,9 @@ class Target(Compact):
                 f"{self.model_type} has no {wanted} layout.",
                 f"Leave it out, or use `expert_layout` {next(iter(self.layouts))}.",
             )
-        return wanted
+        return ExpertLayout(wanted)
 
-    def check_layout(
-        self, wanted: ExpertLayout | None, expert_size: int, hidden_size: int
-    ) -> ExpertLayout:
+    def check_layout(self, wanted: str | None, expert_size: int, hidden_size: int) -> ExpertLayout:
         """Return `layout`; also raises UpcycleError if readers would mistake the orientation."""
         found = self.layout(wanted)
         memory = {weight.name: weight.split_dim for weight in self.in_memory.experts}

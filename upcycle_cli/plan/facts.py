@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from upcycle_cli.core.display import Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
@@ -12,7 +12,7 @@ from upcycle_cli.plan.merge import Merge, NonExpertWeights
 from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.recipe.recipe import NeuronOrder, Promise, RouterInit
 
-_ORDERS = {
+_ORDERS: Mapping[str, str] = {
     NeuronOrder.SHUFFLED: "shuffled in each virtual group but the first, exact",
     NeuronOrder.CLUSTERED: "clustered by common activity, alike in each virtual group, exact",
     NeuronOrder.FILE: "permuted by the given file, exact",

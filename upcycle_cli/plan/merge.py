@@ -99,7 +99,7 @@ class MergeRequest:
     """
 
     experts_from: Path | str | Sequence[Path | str]
-    rest: NonExpertWeights = NonExpertWeights.FIRST
+    rest: NonExpertWeights | str = NonExpertWeights.FIRST
     source_too: bool = True
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class MergeRequest:
         dense = dense_model(source.config, source.tensors)
         for other in models[1:]:
             _check_compatible(source, dense, other)
-        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=self.rest)
+        return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=NonExpertWeights(self.rest))
 
 
 def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:

@@ -96,7 +96,7 @@ class Options:
     """
 
     dtype: str | None = None
-    expert_layout: ExpertLayout | None = None
+    expert_layout: ExpertLayout | str | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     untie_embeddings: bool = False
 

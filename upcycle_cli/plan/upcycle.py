@@ -29,7 +29,7 @@ from upcycle_cli.plan.plan import Plan, Upcycling
 from upcycle_cli.plan.tensors import TensorMaker
 from upcycle_cli.plan.texts import Prompts
 from upcycle_cli.plan.validate import check_source
-from upcycle_cli.recipe.recipe import Recipe, ScaleSplit, Scaling
+from upcycle_cli.recipe.recipe import Recipe, Routing, ScaleSplit, Scaling
 
 
 def build_plan(
@@ -92,7 +92,7 @@ def build_plan(
         num_experts=recipe.num_experts,
         top_k=recipe.top_k,
         expert_size=expert_size,
-        routing=recipe.routing,
+        routing=Routing(recipe.routing),
         layers=family.layers,
         num_layers=dense.num_layers,
         every_layer=family.layers == dense.mlp_layers,

@@ -208,11 +208,10 @@ def _about_code(plan: Plan) -> str:
 
 def _trainers(plan: Plan) -> str:
     """Return a list of the trainers that were tested with the architecture, and their settings."""
-    config, routing = text_config_of(plan.config), plan.recipe.routing
-    assert routing is not None
+    config = text_config_of(plan.config)
     found = trainers(
         plan.target,
-        routing,
+        plan.routing,
         tied=bool(config.get("tie_word_embeddings", False)),
         fused=plan.expert_layout is ExpertLayout.FUSED,
         num_experts=plan.num_experts,

@@ -82,13 +82,13 @@ class Recipe(Compact):
     granularity: int = 0
     top_k: int = 0
     shared_experts: int = 0
-    routing: Routing | None = None
-    scaling: Scaling | float = Scaling.EXACT
-    scale_split: ScaleSplit | None = None
+    routing: Routing | str | None = None
+    scaling: Scaling | str | float = Scaling.EXACT
+    scale_split: ScaleSplit | str | None = None
     layers: str | None = None
     virtual_groups: bool = True
-    neuron_order: NeuronOrder = NeuronOrder.SLICED
-    router_init: RouterInit = RouterInit.NORMAL
+    neuron_order: NeuronOrder | str = NeuronOrder.SLICED
+    router_init: RouterInit | str = RouterInit.NORMAL
     router_logit_std: float | None = None
     """Nominal for normal rows, measured for fitted rows, and None for rows of a file."""
     seed: int = 0
@@ -246,7 +246,7 @@ class Recipe(Compact):
 
         `scales_in_config` says whether the target's config has a factor on the gates.
         """
-        routing = self.routing or default_routing
+        routing = Routing(self.routing or default_routing)
         std = self.router_logit_std or DEFAULT_LOGIT_STD[routing]
         given = self.router_init is RouterInit.FILE
         scaling, uniform = self.scaling, routing is not Routing.SOFTMAX_TOPK

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shapes import make_recipe
-
 from upcycle_cli import Recipe
-from upcycle_cli.recipe.recipe import parse_recipe_name
 
 DENSE, DENSE_LONGER = "dense", "dense, as many FLOPs as E8G1T2"
 DENSE_AS_LONG = "dense, as many FLOPs"
@@ -44,12 +41,12 @@ class Arm:
         """The experts of a virtual group: G minus the shared ones."""
         if self.recipe is None:
             return 1
-        return parse_recipe_name(self.recipe)[1] - int(self.convert.get("shared_experts", 0))
+        return Recipe(self.recipe).granularity - int(self.convert.get("shared_experts", 0))
 
     def to_recipe(self, seed: int) -> Recipe:
         """Return the whole recipe."""
         assert self.recipe is not None
-        return make_recipe(self.recipe, seed=seed, **self.convert)
+        return Recipe(self.recipe, seed=seed, **self.convert)
 
 
 SIZES = ("E8G1T2", "E4G4T8", "E8G8T8", "E8G8T16")
