@@ -72,7 +72,7 @@ class Commands(PlainHelp, TyperGroup):
 
 
 def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
-    """Return what is wrong with a command line, with the closest option or choice."""
+    """Return what is wrong with a command line, with the closest option or command."""
     words = " ".join(error.format_message().split())
     if type(error).__name__ == "NoSuchOption":
         flags = [flag for each in error.ctx.command.params for flag in each.opts]
@@ -120,7 +120,7 @@ def _root(
     # tools are likely to set it.
     context.auto_envvar_prefix = context.auto_envvar_prefix or "UPCYCLE"
     if version:
-        from importlib.metadata import version as installed
+        from upcycle_cli.core.version import __version__
 
-        terminal.stdout().print(f"upcycle {installed('upcycle-cli')}")
+        terminal.stdout().print(f"upcycle {__version__}")
         raise typer.Exit

@@ -59,7 +59,7 @@ def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, str, str, bool]]:  # no
         yield "Commands", name, command.get_command(ctx, name).help.split("\n")[0], False
     for each in command.get_params(ctx):
         row = options.row_of(ctx.info_name, each.name)
-        panel, words = row.get("panel", _LAST), row.get("help") or each.help
+        panel, words = row.get("panel", _LAST), each.help or row["help"]
         if each.param_type_name == "argument":
             yield _FIRST, each.metavar, words, False
         elif "--help" in each.opts:
