@@ -110,7 +110,7 @@ def test_negative_prompts_change_the_digest(tmp_path: Path) -> None:
     [
         ({"dense": ["x"]}, "E2G1T1", "prompts", "has no prompts for b"),
         ({"dense": ["x"], "b": ["y"], "z": ["z"]}, "E2G1T1", "prompts", "has prompts for z"),
-        ({"dense": ["x"], "b": ["y"]}, "E4G1T1", "prompts", "4 router rows need as many prompts"),
+        ({"dense": ["x"], "b": ["y"]}, "E4G1T1", "prompts", "4 router rows need as many models"),
         ({"dense": ["x"], "b": ["y"]}, "E2G1T1", "balanced", "`router_init` is balanced"),
         (None, "E2G1T1", "prompts", "without `positive_prompts`"),
     ],

@@ -34,7 +34,7 @@ class Inspection(Result):
     model_type: str
     targets: tuple[str, ...] = ()
     becomes: tuple[TargetFacts, ...] = ()
-    """What is known of each target of a dense model."""
+    """The targets of a dense model, with their properties."""
     num_experts: int | None = None
     top_k: int | None = None
     routing: str | None = None

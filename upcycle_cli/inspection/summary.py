@@ -51,7 +51,7 @@ def inspect(
     """Describe a checkpoint, or what a recipe would make of it: `inspect("dense", "E8G1T2")`.
 
     `path` is a directory, or a repo on the Hub at `revision`; only headers are read. `recipe`,
-    `target` and `options` are those of `convert`; `inputs` are its files, opened.
+    `target` and `options` are those of `convert`; `inputs` are its open files.
 
     For an MoE, `weights` reads the experts and compares them with one another and with `dense`, the
     model or models that it was made from. `load` is a text file or "builtin": it runs the MoE on

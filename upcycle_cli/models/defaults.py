@@ -60,7 +60,7 @@ def tensor_shapes(model_type: str, values: Mapping[str, Any]) -> dict[str, tuple
 
 
 def _shapes(entries: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of those tensors whose condition holds."""
+    """Return the shapes of the tensors, without those whose condition is false."""
     found = {}
     for name, entry in entries.items():
         shape, *condition = entry.split(" ")
@@ -158,10 +158,10 @@ class ConfigValues:
         return value
 
     def effective(self) -> dict[str, Any]:
-        """Return every setting, checked, and derived from others where it is absent.
+        """Return every setting, checked, and derived from others if it is absent.
 
-        "rope_theta" and "rope_scaling" stand for all forms of rope settings; the latter holds
-        everything but theta, and is None for plain rope. Raises UpcycleError as `__getitem__` does.
+        "rope_theta" and "rope_scaling" replace all forms of rope settings; the latter is None for
+        plain rope. Raises UpcycleError for invalid values.
         """
         known = {**self.defaults, **self.config, **dict.fromkeys(self.keys)}
         found = known | {key: self[key] for key in _CHECKED if key in known}

@@ -237,5 +237,5 @@ def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
         except ValueError as error:
             raise UpcycleError(f"config.json: {error}.") from error
     model = DenseModel(family, values.effective(), kinds, family.windows(values, len(kinds)))
-    family.width(model.values)  # raises for a model whose MLPs have several sizes
+    family.width(model.values)  # raises if MLPs have several sizes
     return model

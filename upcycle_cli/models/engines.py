@@ -1,16 +1,13 @@
 """Which inference engines run a target and routing correctly, and which trainers train it.
 
-`knowledge/engines.json` holds what upcycled models did in other software. It is generated from the
-table of docs/evidence/engines.md, which tests/interoperability/run.py printed. Untested pairs are
-not listed. Shipped code is listed by family; what fails for every tested family is listed for all
-of them.
+`knowledge/engines.json` is generated from the table of docs/evidence/engines.md. Untested pairs are
+not listed. Shipped code is listed by family; failures of all tested families hold for all.
 
-`knowledge/trainers.json` holds what training upcycled models for a step showed; see
-docs/evidence/training.md. Untested trainers are not listed. By target (all shipped code is one) it
-has:
+`knowledge/trainers.json` has, by target (all shipped code is one), what docs/evidence/training.md
+found:
 
 - tried       trainers with the dense model's first loss that returned the model's tensors
-- own_code    trainers with model classes of their own, which read per-expert names only
+- own_code    trainers with their own model classes, which read per-expert names only
 - own_head    trainers that refuse a tied head
 - settings    by trainer and target, or by how the target is balanced (loss, no loss): what to set
 - by_routing  by trainer and routing: what else to set; where_tied: by trainer, for a tied head
@@ -54,7 +51,7 @@ class Support(StrEnum):
 
 @dataclass(frozen=True)
 class Engine:
-    """What is known of an engine and one model."""
+    """An engine, and its support for one model."""
 
     name: str
     support: Support
@@ -99,7 +96,7 @@ def engines_of(
     every_layer: bool,
     shared: bool,
 ) -> tuple[Engine, ...]:
-    """Return what is known of each tested engine and an MoE; `config` is the MoE's."""
+    """Return the support of each tested engine for an MoE; `config` is the MoE's."""
     config = text_config_of(config)
     applies = {
         TIED: config.get("tie_word_embeddings", False),
@@ -116,7 +113,7 @@ def engines_of(
 def engines(
     target: str, routing: Routing, properties: Collection[str], *, plain_attention: bool = True
 ) -> tuple[Engine, ...]:
-    """Return what is known of each tested engine.
+    """Return the support of each tested engine.
 
     `target` is the title of its row. Without `plain_attention` (see `has_plain_attention`) success
     is known only for "transformers", version 5, which runs everything; "transformers 4" is listed
@@ -180,7 +177,7 @@ def _verdicts(target: str, engine: str) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Trainer(Engine):
-    """What is known of a trainer and one model."""
+    """A trainer, and its support for one model."""
 
     settings: str
     """What to set, in words that follow the trainer's name."""
@@ -191,7 +188,7 @@ class Trainer(Engine):
 def trainers(
     target: Target, routing: Routing, *, tied: bool, fused: bool, num_experts: int | None = None
 ) -> tuple[Trainer, ...]:
-    """Return what is known of each tested trainer.
+    """Return the support of each tested trainer.
 
     `tied` says whether the head is tied, `fused` whether the experts of a layer are one tensor.
     """

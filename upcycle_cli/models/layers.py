@@ -117,7 +117,7 @@ _RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interv
 
 
 def _first_dense(key: str) -> LayerChoice:
-    """Return the choice of configs whose `key` counts the dense layers at the start."""
+    """Return the choice of configs with a `key` that counts the dense layers at the start."""
     return LayerChoice(
         (key,),
         lambda layers, kinds: {key: len(kinds) - len(layers)},

@@ -23,7 +23,7 @@ from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """What is known of a target, in general or for one model."""
+    """The properties of a target, in general or for one model."""
 
     name: str
     """The value of --target."""
@@ -98,7 +98,7 @@ def families() -> Families:
         for target in wrapper.natives
         if target not in NATIVE
     }
-    # A family without tests of its own stands for all shipped code.
+    # A family without own tests stands for all shipped code.
     anyone = next(name for name, targets in dense.items() if targets == (SHIPPED,))
     rows = {
         **NATIVE,

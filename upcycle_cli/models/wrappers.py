@@ -197,7 +197,7 @@ def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
 
 
 def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the config of a wrapper's text model; any other config is returned as it is.
+    """Return the config of a wrapper's text model, or any other config unchanged.
 
     `tie_word_embeddings` of the result is that of the whole model. Raises UpcycleError if
     text_config is not an object.

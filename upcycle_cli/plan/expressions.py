@@ -140,7 +140,7 @@ class DeinterleaveRotary:
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """Random rows whose logits have standard deviation `logit_std` behind a norm.
+    """Random rows that give logits of standard deviation `logit_std` behind a norm.
 
     The norm's output has unit RMS before its weight γ (the stored weight plus `offset`), so the
     rows' standard deviation is logit_std / ‖γ‖₂; without a norm, γ is all ones.
@@ -234,7 +234,7 @@ class TensorType:
 
 
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
-    """Return the dtype and shape of an expression; UpcycleError where it joins dtypes."""
+    """Return the dtype and shape of an expression; UpcycleError if it joins dtypes."""
     match expr:
         case Source() | Full() | Normal() | Constant():
             return TensorType(expr.dtype, expr.shape)
@@ -278,7 +278,7 @@ def scaled(expr: Expr, factor: float) -> Expr:
 
 
 def joined(parts: Sequence[Expr]) -> Expr:
-    """Return parts joined along their first dimension; a single one is returned as it is."""
+    """Return parts joined along their first dimension, or the single part."""
     return Concat(tuple(parts)) if len(parts) > 1 else parts[0]
 
 
@@ -307,7 +307,7 @@ def contiguous_source(expr: Expr) -> tuple[str, int, int] | None:
 
 
 def leaves(expr: Expr) -> Iterator[Expr]:
-    """Yield the expressions whose bytes, end to end, are the bytes of this one."""
+    """Yield the parts of an expression; their bytes, end to end, are its bytes."""
     match expr:
         case Concat(parts) | Stack(parts):
             for part in parts:

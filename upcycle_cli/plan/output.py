@@ -51,7 +51,7 @@ class OutputTensor(Tensor):
         expert: int | None = None,
         parts: tuple[str, ...] = (),
     ) -> OutputTensor:
-        """Return the tensor that an expression makes; UpcycleError where it joins dtypes."""
+        """Return the tensor that an expression makes; UpcycleError if it joins dtypes."""
         kind = type_of(expr)
         return cls(name, kind.dtype, kind.shape, expr, role, layer, expert, parts)
 
@@ -70,7 +70,7 @@ class Shard(Compact):
 
 
 def fill_shards(tensors: Sequence[OutputTensor], max_bytes: int) -> tuple[Shard, ...]:
-    """Fill shards in order; a tensor larger than `max_bytes` gets a shard of its own."""
+    """Fill shards in order; a tensor larger than `max_bytes` gets its own shard."""
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
     for tensor in tensors:

@@ -243,9 +243,9 @@ class Plan(Compact):
 
     @property
     def multiplied(self) -> tuple[int, int]:
-        """The parameters that a token of text is multiplied with, in the MoE and the dense model.
+        """The parameters in a text token's matrix products, of the MoE and the dense model.
 
-        An embedding is looked up, and counts only where it is tied and used again as the head.
+        An embedding is a lookup, and counts only if it is tied to the head.
         """
         row, tensors = self.family.dense.family, self.source.tensors
         lookup, untied = tensors[row.embedding].num_elements, row.head in tensors

@@ -39,7 +39,7 @@ logit, so it must not be 0."""
 
 
 class VirtualGroup(NamedTuple):
-    """The model that a virtual group is made of, and the order of its neurons."""
+    """The model that a virtual group comes from, and the order of its neurons."""
 
     model: int = 0
     order: ex.Permutation | None = None
@@ -136,7 +136,7 @@ class TensorMaker:
         return self._options.cast(ex.Slice(stored, dim, found.start, found.stop))
 
     def _random_rows(self, layer: int, purpose: str, rows: int, logit_std: float) -> ex.Expr:
-        """Return random rows whose logits have this standard deviation behind the MLP's norm."""
+        """Return random rows that give logits of this standard deviation behind the MLP's norm."""
         norm = self._dense.norm(self._plan.source.tensors, layer)
         return ex.Normal(
             seed=self._recipe.seed,

@@ -146,8 +146,8 @@ def _check_prompts(
         raise UpcycleError("`positive_prompts` need several models.", "Add `experts_from`.")
     if recipe.expansion != len(merge.cycle) or recipe.router_rows != recipe.expansion:
         raise UpcycleError(
-            f"{recipe.router_rows} router rows need as many prompts, and there are those of "
-            f"{len(merge.cycle)} models.",
+            f"{recipe.router_rows} router rows need as many models with prompts, not "
+            f"{len(merge.cycle)}.",
             f"Use an expansion of {len(merge.cycle)}, and virtual groups.",
         )
     models = (source, *merge.others)
