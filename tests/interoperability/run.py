@@ -68,6 +68,8 @@ class Engines(Session):
             python = Path(sys.executable)
             self.workers[self.transformers] = Worker(self.transformers, python, scratch)
         self.references: dict[tuple[str, str], Output | Cell] = {}
+        # The first is beside the oldest transformers that upcycle supports.
+        self.python = next(iter(self.workers.values())).python if quick else Path(sys.executable)
 
     def convert_and_try(self, case: Case) -> None:
         """Fill one row of the table."""
@@ -75,7 +77,7 @@ class Engines(Session):
         with tempfile.TemporaryDirectory(dir=self.scratch) as name:
             moe = Path(name) / "moe"
             try:
-                convert(dense, moe, case)
+                convert(dense, moe, case, self.python)
             except subprocess.CalledProcessError as error:
                 self.contradictions.append(f"{case.name}: upcycle convert: {error}")
                 return

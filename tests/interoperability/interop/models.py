@@ -284,21 +284,23 @@ def make_twin(dense: Path) -> Path:
     return path
 
 
-def convert(dense: Path, output: Path, case: Case) -> dict[str, Any]:
+def convert(
+    dense: Path, output: Path, case: Case, python: str | Path = sys.executable
+) -> dict[str, Any]:
     """Convert by the command line, or raise CalledProcessError; returns what `--json` printed."""
     growth = [option for option in case.options if option.startswith("--expand")]
     before = output.with_name("before") if growth else output
     words = [word for option in case.options if option not in growth for word in option.split()]
     options = [str(make_twin(dense)) if word == TWIN else word for word in words]
     recipe = ("--recipe", case.recipe, "--target", case.target, "--routing", case.routing)
-    found = _convert(dense, before, *recipe, *options)
+    found = _convert(python, dense, before, *recipe, *options)
     for option in growth:
-        found = _convert(before, output, *option.split())
+        found = _convert(python, before, output, *option.split())
     return found
 
 
-def _convert(source: Path, output: Path, *options: str) -> dict[str, Any]:
-    command = (sys.executable, "-m", "upcycle_cli", "convert", str(source), str(output), "--json")
+def _convert(python: str | Path, source: Path, output: Path, *options: str) -> dict[str, Any]:
+    command = (python, "-m", "upcycle_cli", "convert", str(source), str(output), "--json")
     done = subprocess.run(
         [*command, "--no-fsync", *options],
         cwd=REPOSITORY,

@@ -177,6 +177,7 @@ class Worker:
     """A process of a software that answers for one model after another; see worker.py."""
 
     def __init__(self, software: Software, python: Path, scratch: Path) -> None:
+        self.python = python
         environment = {**os.environ, **software.environment, "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
         self._log = (scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
