@@ -154,7 +154,7 @@ def needs_recipe(context: typer.Context) -> bool:
 
 
 def file_of(value: str, names: type[StrEnum]) -> Path | None:
-    """Return the path that an option has in place of a name; UpcycleError if no file is there."""
+    """Return the file that an option names, None for one of `names`; raises UpcycleError."""
     if value in {*names} - {"file"}:
         return None
     if not Path(value).is_file():

@@ -117,10 +117,10 @@ _sinks: list[_Sink] = []
 
 
 def _protect_streams() -> None:
-    """Let stdout and stderr write to sinks.
+    """Make stdout and stderr write to sinks.
 
-    A closed descriptor is replaced, to which writing fails as before: otherwise the next file that
-    is opened gets its number, and messages end up in that file.
+    A closed descriptor is replaced by one to which writing fails, too. Otherwise the next file that
+    is opened would get its number, and messages would end up in that file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
         os.set_inheritable(descriptor, True)

@@ -34,7 +34,7 @@ class ResumableError(UpcycleError):
 
 
 _LACKS = ("can't allocate memory", "can't start new thread", "ThreadPoolBuildError")
-"""Parts of messages by which torch, Python and tokenizers report that the system refused."""
+"""Parts of the messages of torch, Python and tokenizers when the system refuses memory."""
 
 
 def lack_in_words(error: BaseException) -> UpcycleError | None:

@@ -32,16 +32,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's ma
 
 
 def num_processors() -> int:
-    """Return how many processors this process may use, or how many the machine has."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def reuse_freed_memory() -> None:
-    """Have glibc keep up to 128 MB of what this process frees, where that is the C library.
+    """Let glibc keep up to 128 MB of freed memory; do nothing with another C library.
 
-    Layers that run one after the other take blocks of the same sizes. Each block that goes back to
-    the system comes again page by page, which took a tenth of the time of `verify`.
+    Layers that run one after another need blocks of the same sizes. Returning a block to the system
+    and getting it back page by page took a tenth of the time of `verify`.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -128,8 +128,8 @@ def can_share(directory: Path) -> bool:
 def shared_extents(path: Path) -> list[tuple[int, int, int]]:
     """Return the start and end of each shared extent of a file, and its start on the disk.
 
-    All in bytes. A range that two files hold at one place on the disk is the same in both. Empty
-    where the file system cannot tell, or is not sure.
+    All in bytes. Two files with an extent at the same place on the disk hold the same data there.
+    Empty if the file system cannot tell.
     """
     if sys.platform != "linux":
         return []

@@ -203,5 +203,5 @@ def _blobs(root: Path) -> tuple[Path, ...]:
     repo = root.parent.parent  # models--ORG--NAME/snapshots/COMMIT
     if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
         return ()
-    # Its own blobs can be links to those that all repos of the cache share.
+    # Its blobs can be links to blobs that all repos of the cache share.
     return repo / "blobs", repo.parent / "blobs"

@@ -27,9 +27,9 @@ GATED = MlpKind(gated=True, degree=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """The factor on each part of an expert, and the c that they are meant to make together.
+    """The factors on an expert's parts, and the c that their product should be.
 
-    `config` is the part of c by which the model's config multiplies its gates.
+    `config` is the part of c that the model's config applies to the gates.
     """
 
     c: float
@@ -59,7 +59,7 @@ class Factors:
 
 
 def is_power_of_two(factor: float) -> bool:
-    """Whether multiplying by it loses no bit, barring overflow."""
+    """Whether multiplying by a factor is lossless, barring overflow."""
     return math.frexp(factor)[0] == 0.5
 
 
