@@ -40,17 +40,18 @@ def demo(
     if not json:
         talk(f"Making a small Llama with random weights in {dense} …")
     _make_dense(Path(dense))
-    arguments = ["convert", dense, moe, "--recipe", "E8G1T2", "--verify"]
-    command = ["upcycle", *arguments]
-    line = shell_line(command)
-    if not json:
-        stderr().print(Text(f"\n$ {line}", style="bold"), soft_wrap=True)
-    code, result = _run(context, arguments, as_json=json)
-    if code != 0:
-        raise UpcycleError(f"`{line}` failed with exit code {code}.")
+    steps = []
+    for arguments in (["convert", dense, moe, "--recipe", "E8G1T2"], ["verify", dense, moe]):
+        command = ["upcycle", *arguments]
+        line = shell_line(command)
+        if not json:
+            stderr().print(Text(f"\n$ {line}", style="bold"), soft_wrap=True)
+        code, result = _run(context, arguments, as_json=json)
+        steps.append({"command": command, "exit_code": code, "result": result})
+        if code != 0:
+            raise UpcycleError(f"`{line}` failed with exit code {code}.")
     if json:
-        step = {"command": command, "exit_code": code, "result": result}
-        print_json({"status": "passed", "directory": str(folder), "steps": [step]})
+        print_json({"status": "passed", "directory": str(folder), "steps": steps})
     else:
         talk(*_NEXT_STEPS.splitlines(), "", f"The demo's files stay in {folder}.")
 
