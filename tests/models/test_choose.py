@@ -16,11 +16,7 @@ from upcycle_cli.models.dense import read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
-SIGMOID, SOFTMAX, RENORMALISED = (
-    Routing.SIGMOID_TOPK,
-    Routing.SOFTMAX_TOPK,
-    Routing.TOPK_SOFTMAX,
-)
+SIGMOID, SOFTMAX, RENORMALISED = (Routing.SIGMOID_TOPK, Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX)
 
 
 @pytest.mark.parametrize(

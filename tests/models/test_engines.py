@@ -26,12 +26,7 @@ SPLIT, BALANCED = Support.PER_EXPERT_ONLY, Support.BALANCED_OR_WRONG
             "fused",
             {"transformers 4": SPLIT, "vLLM": RUNS, "llama.cpp": RUNS, "MLX": SPLIT},
         ),
-        (
-            "qwen2_moe",
-            "softmax-topk",
-            "tied",
-            {"vLLM": RUNS, "llama.cpp": UNTIED, "MLX": UNTIED},
-        ),
+        ("qwen2_moe", "softmax-topk", "tied", {"vLLM": RUNS, "llama.cpp": UNTIED, "MLX": UNTIED}),
         # llama.cpp ignores the factor on gates.
         (
             "lfm2_moe",

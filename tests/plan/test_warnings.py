@@ -97,12 +97,7 @@ DUE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("E8G1T2", {"noise": 1e-2}, [NO_PROMISE]),
     (
         "E4G4T4",
-        {
-            "routing": SOFTMAX_TOPK,
-            "model_type": "qwen3",
-            "router_logit_std": 1e-5,
-            "options": HALF,
-        },
+        {"routing": SOFTMAX_TOPK, "model_type": "qwen3", "router_logit_std": 1e-5, "options": HALF},
         [SPLITS, APPROXIMATE, TIES, OVERFLOW, FLOAT16, ENGINE],  # the most important first
     ),
 ]
