@@ -156,17 +156,17 @@ def test_the_github_actions_job(pipeline: tuple[Hub, dict[str, str]], tmp_path: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["README.md", "docs/start.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/start.md", "docs/guides/*.md"])
 def test_commands_print_what_the_page_shows(
     pipeline: tuple[Hub, dict[str, str]], tmp_path: Path, name: str
 ) -> None:
-    if name == "README.md":
+    if name != "docs/start.md":
         if "SMOLLM2" not in os.environ:
             pytest.skip("needs SMOLLM2: tests/smollm2.py")
         (tmp_path / "SmolLM2-135M").symlink_to(os.environ["SMOLLM2"])
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     hub, environment = pipeline
-    page = (ROOT / name).read_text(encoding="utf-8")
+    page = "".join(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob(name)))
     blocks = "".join(re.findall(r"(?s)```console\n(.*?)```", page))
     for command, shown in re.findall(r"(?m)^\$ (.+)\n((?:(?!\$ ).*\n)*)", blocks):
         line = command.replace("python ", f"{sys.executable} ").replace("--steps 30", "--steps 2")
