@@ -6,15 +6,15 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from upcycle_cli.cli import process, terminal
-from upcycle_cli.cli.help import FLAGS, PlainCommand, PlainHelp
+from upcycle_cli.cli.help import FLAGS, PlainHelp
 from upcycle_cli.core.text import did_you_mean
 
 _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
@@ -23,6 +23,18 @@ _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo"
 _UsageError: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
 )
+
+
+class Command(PlainHelp, TyperCommand):
+    """A command whose errors are printed and become exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as typer has them
+        """Run the command."""
+        as_json = ctx.params["json"]
+        if as_json or ctx.params.get("quiet") or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        with terminal.errors_to_exit_codes(as_json=as_json):
+            return super().invoke(ctx)
 
 
 class Commands(PlainHelp, TyperGroup):
@@ -37,7 +49,7 @@ class Commands(PlainHelp, TyperGroup):
         if cmd_name in self.commands and not self.commands[cmd_name]:
             module = import_module(f"upcycle_cli.cli.commands.{cmd_name}")
             alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-            alone.command(cls=PlainCommand)(_with_exit_codes(getattr(module, cmd_name)))
+            alone.command(cls=Command)(getattr(module, cmd_name))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return super().get_command(ctx, cmd_name)
 
@@ -80,19 +92,6 @@ def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
     if match := re.match("No such command '(.*?)'", words):
         return f"there is no command {match[1]}. {did_you_mean(match[1], _COMMANDS)}"
     return re.sub(r", unable to parse .*", ".", words)  # pydantic's words
-
-
-def _with_exit_codes(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command, so that an error prints a message and sets the exit code."""
-
-    @functools.wraps(command)
-    def run(*, json: bool = False, **values: Any) -> None:  # noqa: ANN401 - as typer has them
-        if json or values.get("quiet") or not sys.stderr.isatty():
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        with terminal.errors_to_exit_codes(as_json=json):
-            command(**values, json=json)
-
-    return run
 
 
 app = typer.Typer(

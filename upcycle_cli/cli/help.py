@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.text import Text
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from upcycle_cli.cli import options, terminal
 
@@ -47,10 +47,6 @@ class PlainHelp:
         with console.capture() as captured:
             terminal.show(*parts, to=console)
         formatter.write(captured.get())
-
-
-class PlainCommand(PlainHelp, TyperCommand):
-    """A command with plain help."""
 
 
 def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, str, str, bool]]:  # noqa: ANN401
