@@ -19,7 +19,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.display import Result, Row
-from upcycle_cli.core.errors import ResumableError, UpcycleError
+from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, locate
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.hub.remote_checkpoint import open_source
@@ -27,7 +27,7 @@ from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import bind_recorded, build_plan
-from upcycle_cli.plan.warnings import vanished_weights
+from upcycle_cli.plan.warnings import vanished_weights, warnings
 from upcycle_cli.recipe.recipe import Growth, Promise, Recipe, to_recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
@@ -62,6 +62,12 @@ class Request:
     writing: WriteOptions = field(default_factory=WriteOptions)
     push: Destination | None = None  # where to push the finished output
 
+    def __post_init__(self) -> None:
+        for value, kind in ((self.options or Options(), Options), (self.writing, WriteOptions)):
+            if not isinstance(value, kind):
+                hint = f"Pass {kind.__name__}(…)."
+                raise UpcycleError(f"{shown(value)} is not {kind.__name__}.", hint)
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Conversion(Result):
@@ -75,7 +81,7 @@ class Conversion(Result):
     already_done: bool = False  # OUTPUT was already the result of this plan
     shared_bytes: int = 0  # bytes of equal tensors that share extents on disk
     reused_bytes: int = 0  # bytes that an earlier, unfinished run had written
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what to know before training or sharing the output
     pushed: Push | None = None
 
     def tables(self) -> Iterator[Iterable[Row]]:
@@ -162,19 +168,20 @@ def preview(
     hooks: Hooks | None = None,
     team: Team | None = None,
 ) -> tuple[Plan, list[str]]:
-    """Return the plan of a request and warnings about OUTPUT; UpcycleError if there is no plan."""
+    """Return the plan of a request and its warnings; UpcycleError if there is no plan."""
     team = team or Team()
     plan = _make_plan(request, hooks if hooks is not None and team.leads else Hooks(), team)
-    output, overwrite = request.output.absolute(), request.overwrite
+    output, overwrite, notes = request.output.absolute(), request.overwrite, [*warnings(plan)]
     try:
         if not overwrite and is_finished(plan, output):
-            return plan, [f"{output} is already what this command makes."]
-        check_before(plan, output, overwrite=overwrite)
+            notes.append(f"{output} is already what this command makes.")
+        else:
+            check_before(plan, output, overwrite=overwrite)
+            if (partial := partial_of(output)).exists():
+                notes.append(f"{partial} exists: its finished files of this conversion are used.")
     except UpcycleError as error:
-        return plan, [f"converting would be refused: {' '.join(str(error).split())}"]
-    if not partial_of(output).exists():
-        return plan, []
-    return plan, [f"{partial_of(output)} exists: its finished files of this conversion are used."]
+        notes.append(f"converting would be refused: {' '.join(str(error).split())}")
+    return plan, notes
 
 
 def execute(plan: Plan, request: Request, *, hooks: Hooks, team: Team) -> Conversion:
@@ -204,9 +211,9 @@ def execute(plan: Plan, request: Request, *, hooks: Hooks, team: Team) -> Conver
             team.exchange(None)  # the other ranks may end
         else:
             done = _assist(plan, request, team)
-    warnings = tuple(filter(None, [recovered, *done.warnings]))
+    notes = tuple(filter(None, [*warnings(done.plan), recovered, *done.warnings]))
     seconds = 0.0 if finished else time.monotonic() - started
-    done = replace(done, output=output, warnings=warnings, seconds=seconds)
+    done = replace(done, output=output, warnings=notes, seconds=seconds)
     hooks.finished(done)
     return done
 
@@ -349,7 +356,7 @@ def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
         )
     except UpcycleError as error:
         # The weights are good: a missing library must not cost hours of work.
-        kept = "The weights are kept: the same command resumes from there."
+        kept = "The weights are kept: converting again resumes from there."
         raise ResumableError(f"{error.message} {kept}", error.hint) from error
 
 

@@ -70,6 +70,8 @@ def test_summaries_are_what_commands_print(results: Mapping[str, Any], llama: Pa
     for arguments in (("inspect", llama, "-r", "E2G2T2"), verified, ("families",)):
         assert results[str(arguments[0])].summary() in run_forked(*arguments).stdout
     assert results["inspect"].summary() == results["convert"].summary()
+    assert results["inspect"].warnings == results["convert"].warnings
+    assert "no gradient" in "".join(results["convert"].warnings)
 
 
 def test_notebooks_get_escaped_tables() -> None:
@@ -95,6 +97,7 @@ def test_notebooks_get_escaped_tables() -> None:
         (lambda *_: api.Recipe("E2G2T2", top_k=4), "`top_k`"),
         (lambda *_: api.Recipe("E2G2T2", routing="softmax"), "softmax-topk"),
         (lambda *_: api.Recipe("E2G2T2", seed="1"), "`seed` cannot be '1'"),
+        (lambda dense, out: api.convert(dense, out, "E2G1T1", writing=2), "WriteOptions"),
         (lambda *_: api.Growth(expand=1), "`expand`"),
         (lambda *_: api.Options(max_shard_bytes="5GB"), "`max_shard_bytes`"),
         (lambda *_: api.WriteOptions(workers=-1), "`workers`"),

@@ -24,6 +24,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     """Return an inspection; a planned conversion is under `plan`."""
     recipe = (inspection.record or {}).get("recipe")
     name = recipe.get("name") if isinstance(recipe, dict) else None
+    plan = inspection.plan
     return {
         "status": "inspected",
         **_pick(inspection, "kind model_type targets num_experts top_k routing expert_layout"),
@@ -40,7 +41,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "claims": inspection.record,
         "weights": None if inspection.weights is None else asdict(inspection.weights),
         "load": None if inspection.load is None else asdict(inspection.load),
-        "plan": None if inspection.plan is None else plan_json(inspection.plan),
+        "plan": plan and plan_json(plan, inspection.warnings),
     }
 
 
@@ -59,10 +60,8 @@ def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
     ]
 
 
-def plan_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
-    """Return a plan; its warnings include these notes."""
-    from upcycle_cli.plan.warnings import warnings
-
+def plan_json(plan: Plan, warnings: Iterable[str]) -> dict[str, Any]:
+    """Return a plan, with the warnings that concern it."""
     return {
         "model_type": plan.target.outer_type,
         "source_type": plan.source.config["model_type"],
@@ -74,7 +73,7 @@ def plan_json(plan: Plan, notes: Iterable[str] = ()) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "shards": len(plan.shards),
         "engines": _engines_json(plan.engines),
-        "warnings": [*map(with_flags, (*warnings(plan), *notes))],
+        "warnings": [*map(with_flags, warnings)],
         "plan_sha256": plan.digest,
     }
 

@@ -52,6 +52,15 @@ class Inspection(Result):
     load: ExpertLoad | None = None
     """Which experts the tokens of a text choose, if requested."""
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know about the plan before converting."""
+        if self.plan is None:
+            return ()
+        from upcycle_cli.plan.warnings import warnings
+
+        return tuple(warnings(self.plan))
+
     def tables(self) -> Iterator[Iterable[Row]]:
         """Yield what a recipe would make of the checkpoint, or what the checkpoint is."""
         if self.plan is not None:

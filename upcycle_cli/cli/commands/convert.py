@@ -146,11 +146,8 @@ class _Screen(Hooks):
     def finished(self, result: Conversion) -> None:
         if self.silent:
             return
-        from upcycle_cli.plan.warnings import warnings
-
         if not result.already_done:
             terminal.show(result)
-            terminal.warn(*warnings(result.plan))
         elif result.report is not None:
             terminal.show(result.report)
         terminal.warn(*result.warnings)
@@ -179,10 +176,9 @@ class _Screen(Hooks):
             terminal.print_json(status | plan_json(plan, notes))
         elif not self.quiet:
             from upcycle_cli.plan.facts import plan_rows
-            from upcycle_cli.plan.warnings import warnings
 
             terminal.show(terminal.rows_table(plan_rows(plan)))
-            terminal.warn(*warnings(plan), *notes)
+            terminal.warn(*notes)
             terminal.talk("Nothing was written (--dry-run).")
 
     def end(self, done: Conversion) -> None:

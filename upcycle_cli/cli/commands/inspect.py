@@ -129,10 +129,7 @@ def _print_tables(found: Inspection, *, targets: bool) -> None:
 
         compared.append(terminal.rows_table(target_rows(found.becomes)))
     terminal.show(found, *compared)
-    if found.plan is not None:
-        from upcycle_cli.plan.warnings import warnings
-
-        terminal.warn(*warnings(found.plan))
+    terminal.warn(*found.warnings)
 
 
 def _next_command(found: Inspection, path: Path) -> str:
