@@ -259,7 +259,7 @@ def _no_tokenizer(dense: Path) -> list[str | Path]:
         (_text(b"{\n", "text.jsonl"), ["text.jsonl", "line 1 has neither text"]),
         (_text(b'{"text": 1}\n', "text.jsonl"), ["line 1 has neither text nor messages"]),
         (lambda _: ["--calibration", "nowhere.txt"], ["nowhere.txt", "No such file"]),
-        (_no_tokenizer, ["needs text as tokens", "tokenizer", "--router-init normal"]),
+        (_no_tokenizer, ["needs a tokenizer", "--router-init normal"]),
     ],
 )
 def test_refuse_texts_that_cannot_be_used(

@@ -245,7 +245,7 @@ FILES: tuple[Row, ...] = (
     ("experts", config(num_local_experts=6), "num_local_experts is 6 instead of 4"),
     ("qwen: routing", config(norm_topk_prob=True), "norm_topk_prob is True instead of False"),
     ("sharded: total size", changed(INDEX, metadata={"total_size": 5}), "total_size is 5 instead"),
-    ("sharded: dtype", edited(INDEX, float16), "dtype is 'float16', and should not be there"),
+    ("sharded: dtype", edited(INDEX, float16), "dtype is 'float16', but should not be there"),
     ("sharded: file", edited(INDEX, another_file_of_the_index), f"{EXPERT} | cannot be read"),
     (
         "cut off",
@@ -513,7 +513,7 @@ RECORDS: tuple[tuple[Damage, str], ...] = (
     (record("recipe/top_k", 10**400), "top-k"),
     (record("recipe/top_k", 2.0), "`top_k` cannot be 2.0"),
     (record("recipe/scaling", "best"), "scaling"),
-    (record("recipe/trick", 1), "trick is unknown to this"),
+    (record("recipe/trick", 1), "does not know trick"),
     (record("recipe/layers", 7), "`layers` cannot be 7"),
     (edited("upcycle.json", lambda value: value.pop("promise")), "upcycle.json has no promise"),
     (edited("upcycle.json", lambda value: value.pop("source")), "upcycle.json has no source"),

@@ -281,7 +281,7 @@ def _large_shared_expert(held: Tensors) -> None:
     [
         (tensors(lambda t: t.pop(NORM)), "norm.weight is in no file"),
         (tensors(lambda t: t.pop(EXPERT)), f"lacks {EXPERT}"),
-        (tensors(lambda t: t.update({NORM: torch.ones(31)})), "and config.json implies [32]"),
+        (tensors(lambda t: t.update({NORM: torch.ones(31)})), "but config.json implies [32]"),
         (tensors(lambda t: t.update({DOWN: torch.ones(32, 30)})), "has shape [32, 30], but"),
         (tensors(lambda t: t.update({NORM: t[NORM].int()})), f"{NORM} is I32"),
         (tensors(lambda t: t[NORM].fill_(math.nan)), "logits of the MoE are not"),

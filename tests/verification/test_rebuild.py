@@ -99,7 +99,7 @@ def test_rows_of_a_file_need_the_file(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match="has shape"):
         verify(dense, moe, router_init=files[1])
     convert(dense, tmp_path / "plain", G2())
-    with pytest.raises(UpcycleError, match="were not given in a file"):
+    with pytest.raises(UpcycleError, match="do not come from a file"):
         verify(dense, tmp_path / "plain", router_init=files[0])
 
 
@@ -144,7 +144,7 @@ def test_orders_of_a_file_are_found_by_their_neurons(
     assert read_json(tmp_path / "moe" / "upcycle.json")["order_file"]["name"] == "orders"
     report = verify(source, tmp_path / "moe", checks=COMPARED)
     assert report.accepted, text_of(report)
-    assert "6 orders of neurons were found" in report.checks[1].detail
+    assert "6 neuron orders were found" in report.checks[1].detail
 
 
 # Several models, and growth -----------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_several_models_are_told_apart(models: list[Path], tmp_path: Path, rest:
     for given, words in (
         ((), "Name the others with `experts_from`"),
         (others[:1], "none of the given models"),
-        ((*others, first), "no expert is made of"),
+        ((*others, first), "no expert comes from"),
     ):
         with pytest.raises(UpcycleError) as caught:
             verify(first, moe, experts_from=given)
@@ -200,7 +200,7 @@ def test_three_models_with_rows_made_of_prompts(models: list[Path], tmp_path: Pa
     )
     report = verify(models[0], moe, experts_from=models[1:])
     assert [check.status for check in report.checks] == ["passed", "measured", "measured"]
-    assert "made of prompts" in report.checks[1].detail
+    assert "the prompts that made" in report.checks[1].detail
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_tensors_that_are_stored_wider_are_compared_wider(dense: Path, tmp_path:
     write_json(moe / "config.json", read_json(moe / "config.json") | {"dtype": "float32"})
     report = verify(dense, moe, checks=COMPARED)
     assert report.accepted, text_of(report)
-    assert "stored wider than planned" in report.checks[1].detail
+    assert "wider dtype than planned" in report.checks[1].detail
     edit_tensors(moe, lambda held: held[EXPERT][3, 3].add_(torch.finfo().eps))
     assert verify(dense, moe, checks=["weights"]).status is Status.FAILED
 
@@ -289,4 +289,4 @@ def test_another_version_of_upcycle_is_named(dense: Path, tmp_path: Path) -> Non
     write_json(moe / "config.json", read_json(moe / "config.json") | {"use_cache": 3})
     report = verify(dense, moe, checks=["directory"])
     assert report.status is Status.FAILED
-    assert "made by upcycle 0.0.1" in report.checks[0].detail
+    assert "upcycle 0.0.1 made it" in report.checks[0].detail

@@ -91,7 +91,7 @@ def test_usage(dense: Path, mixtral: Path, tmp_path: Path) -> None:
     for paths in ((tmp_path / "none", mixtral), (dense, tmp_path / "none"), (dense, tmp_path)):
         with pytest.raises(UpcycleError):
             verify(*paths)
-    with pytest.raises(UpcycleError, match="made of"):
+    with pytest.raises(UpcycleError, match="comes from"):
         verify(dense, mixtral, experts_from=[dense])
 
 

@@ -1,7 +1,7 @@
-"""Run the dense model on a text, layer by layer, and collect what its MLPs take and compute.
+"""Run the dense model on a text, layer by layer, and collect inputs and activations of its MLPs.
 
-The activations of a layer are evaluated while the model waits after that layer, and dropped before
-the next one. transformers' own code runs the model in float32, with the weights left on disk.
+The activations of a layer are evaluated before the next layer runs, and then dropped.
+transformers' own code runs the model in float32, with the weights left on disk.
 
 Legend: B texts, S positions, P positions that are not padding, H hidden size, I dense intermediate
 size, E rows of a router.
@@ -44,18 +44,17 @@ if TYPE_CHECKING:
     import torch
 
 TOKENS = 2048
-"""The number of tokens used, at most: SmolLM2-135M takes ten seconds for them on two cores."""
+"""The largest number of tokens: SmolLM2-135M takes ten seconds for them on two cores."""
 _FEWEST = 256
-"""Fewer tokens say little about what a layer's inputs have in common."""
+"""Fewer tokens say little about the mean of a layer's inputs."""
 _MOST_CACHED_BYTES = 4_000_000_000
 
 
 def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Progress) -> Plan:
-    """Return the plan with its calibration filled in, on every rank; rank 0 has the `staging`.
+    """Return the plan with its calibration, on every rank; rank 0 has the `staging`.
 
-    A conversion that is resumed uses the calibration that it has, so that all of an output follows
-    from one calibration, whatever machine completes it. Raises UpcycleError when the calibration
-    cannot be run.
+    A resumed conversion uses its earlier calibration, so that one calibration decides the whole
+    output. Raises UpcycleError if the calibration cannot run.
     """
     if plan.inputs.text is None:
         return plan
@@ -64,7 +63,7 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Pro
         if staging is None:
             return None
         path = staging.directory / CALIBRATION
-        # If the file is damaged, the calibration is run again.
+        # If the file is damaged, calibrate again.
         with suppress(OSError, UpcycleError, ValueError, KeyError, TypeError):
             return Calibration.from_bytes(read_small(path, _MOST_CACHED_BYTES))
         found = calibrate(plan, watch)
@@ -77,10 +76,9 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Pro
 
 
 def calibrate(plan: Plan, watch: Progress) -> Calibration:
-    """Run the plan's dense model on the plan's text; the model's files must be here.
+    """Run the plan's dense model on the plan's text; the model's files must be local.
 
-    Raises UpcycleError for a text that is too short, a model without a tokenizer, and a model that
-    transformers cannot run.
+    Raises UpcycleError if the text is too short, or the model has no tokenizer or cannot run.
     """
     source, text = plan.source, plan.inputs.text
     assert text is not None
@@ -99,7 +97,7 @@ class _Tokens:
     ids: torch.Tensor
     positions: torch.Tensor
     weights: Array | None = None
-    """Of prompts: the weight of each position in the mean for each router row (E, P)."""
+    """For prompts: the weight of each position in the mean of each router row (E, P)."""
 
 
 def _prompts(plan: Plan, prompts: Prompts) -> _Tokens:
@@ -116,12 +114,12 @@ def _prompts(plan: Plan, prompts: Prompts) -> _Tokens:
         for several, sign in ((of.positive, 1.0), (of.negative, -1.0)):
             tokens, _, reason = tokenized(plan.source, several, config.vocab_size)
             if len(tokens) < len(several):
-                raise UpcycleError(f"a prompt of {of.model} cannot be made tokens: {reason}.")
+                raise UpcycleError(f"a prompt of {of.model} cannot be tokenized: {reason}.")
             texts += [each[:longest] for each in tokens]
             weights += [(group, sign / len(several)) for _ in several]
     length = max(map(len, texts))
     ids_BS = torch.tensor([each + each[:1] * (length - len(each)) for each in texts])
-    # A token that begins all prompts tells nothing, and would weigh more in a short prompt.
+    # A token that begins all prompts says nothing, and would weigh more in a short prompt.
     skipped = len({each[0] for each in texts}) == 1 and min(map(len, texts)) > 1
     held = [(b, s) for b, each in enumerate(texts) for s in range(skipped, len(each))]
     weights_EP = np.zeros((len(of_groups), len(held)))
@@ -133,14 +131,14 @@ def _prompts(plan: Plan, prompts: Prompts) -> _Tokens:
 
 
 def _text(source: Checkpoint, text: CalibrationText) -> _Tokens:
-    """Return the text in rows, with the padding at the end; raises UpcycleError."""
+    """Return the text in rows, padded at the end; raises UpcycleError."""
     import torch
 
     config = load_config(source.path).get_text_config()
     texts, _, reason = tokenized(source, text.texts, config.vocab_size)
     if not texts:
         raise UpcycleError(
-            f"a calibration needs text as tokens: {reason}.",
+            f"a calibration needs a tokenizer: {reason}.",
             "Put the model's tokenizer beside it, or use `router_init` normal and `neuron_order` "
             "sliced without `calibration`.",
         )
@@ -154,20 +152,20 @@ def _text(source: Checkpoint, text: CalibrationText) -> _Tokens:
 
 
 def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterator[LayerFound]:
-    """Yield the calibration of each layer that gets experts; raises TransformersError."""
+    """Yield the calibration of each MoE layer; raises TransformersError."""
     from upcycle_cli.run.layerwise import started
     from upcycle_cli.run.lazy_models import lazy_model
 
     dense, layers = plan.family.dense, plan.family.layers
     routers = {tensor.layer: tensor for tensor in plan.tensors if tensor.role is Role.ROUTER}
-    # Names without a model's number are the first model's.
+    # Names without a model's number belong to the first model.
     model = lazy_model(plan.source, reader)
     parts = dense.mlp(plan.source.tensors, layers[0])
     down = find_weight(parts, "down").name.removesuffix(".weight")
     activity: list[torch.Tensor] = []
 
     def note(_: Model, inputs: tuple[torch.Tensor, ...]) -> None:
-        # The magnitude of each neuron's activation at each position (P, I).
+        # Magnitudes of activations (P, I).
         activity.append(inputs[0].flatten(0, -2)[tokens.positions].abs())
 
     modules = [model.layer(layer).get_submodule(model.mlp) for layer in layers]
@@ -194,10 +192,7 @@ def _calibrate_layer(
     activity_PI: Floats,
     weights_EP: Array | None,
 ) -> LayerFound:
-    """Return the router rows, the neuron order if the recipe wants one, and statistics.
-
-    `weights_EP` has, for prompts, the weight of each position in the mean for each router row.
-    """
+    """Return the router rows, the neuron order if the recipe has one, and statistics."""
     assert router.layer is not None
     rows = _rows(recipe, router, reader, inputs_PH, weights_EP)
     shape = recipe.router_rows, inputs_PH.shape[1]
@@ -230,7 +225,7 @@ def _rows(
     inputs_PH: Array,
     weights_EP: Array | None,
 ) -> bytes:
-    """Return the router rows in the router's dtype; UpcycleError where they do not fit."""
+    """Return the router rows in the router's dtype; UpcycleError if they do not fit."""
     assert router.layer is not None
     stream, draw = router_stream(router.layer), partial(standard_normal, recipe.seed)
     match recipe.router_init:

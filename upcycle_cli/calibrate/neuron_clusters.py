@@ -30,16 +30,13 @@ _SILENT = 1e-3
 def clustered_order(
     inputs_PH: NDArray[Any], activity_PI: Floats, granularity: int, stream: str, draw: Draw
 ) -> NDArray[np.intp]:
-    """Return an order of the neurons (I,): each of its G slices holds neurons that act together.
+    """Return an order of the neurons (I,): each of its G slices has neurons that act together.
 
-    `activity_PI` is the magnitude of each neuron's activation at each position. The inputs are
-    clustered, and the profile of a neuron is its mean activity in each cluster: the logarithms,
-    relative to the mean over all neurons. The profiles are clustered into shards of equal size by
-    k-means on the sphere. The most active shard comes first; within a shard neurons keep the order
-    of the dense MLP. (To group neurons that fire together is MoEfication's idea: Zhang et al.,
-    arXiv 2110.01786.)
-
-    Raises UpcycleError where the activity is not finite.
+    `activity_PI` is the magnitude of each neuron's activation. The profile of a neuron is its mean
+    activity in clusters of the inputs, as logarithms relative to the mean over neurons. k-means on
+    the sphere clusters the profiles into shards of equal size. The most active shard comes first;
+    in a shard neurons keep their order. (MoEfication groups neurons that fire together as well:
+    Zhang et al., arXiv 2110.01786.) Raises UpcycleError if the activity is not finite.
     """
     if not (np.isfinite(inputs_PH).all() and np.isfinite(activity_PI).all()):
         raise UpcycleError(f"the dense model's own activations are not finite ({stream}).")

@@ -1,7 +1,6 @@
 """Fit the rows of a router to the inputs of its MLP, in float64 and with numpy alone.
 
-Legend: P positions, H hidden size, E rows (one a group, or one an expert without virtual groups), K
-groups that a token chooses.
+Legend: P positions, H hidden size, E rows (one per group or expert), K groups that a token chooses.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ Draw: TypeAlias = Callable[[str, tuple[int, int]], Array]
 """Returns standard normal values by the name of their stream."""
 
 _DIRECTIONS = 3
-"""At most so many principal directions are removed together with the mean."""
+"""The largest number of principal directions that are removed together with the mean."""
 _DIMENSIONS_EACH = 8
-"""Dimensions of the input for each removed direction."""
+"""Dimensions of the input per removed direction."""
 _POWER_STEPS = 8
 _CLUSTER_STEPS = 24
 _TRIES = 4
 _FAIR = 0.25
-"""A draw is good if its least loaded row has this much of the mean load."""
+"""A draw is good if its least loaded row has at least this share of the mean load."""
 
 
 def balanced(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Array:
     """Return random rows without the directions that all tokens share; `stream` is the router's.
 
-    Nearly all of an MLP's input can be its mean: a row that is not orthogonal to it gives every
-    token about the same logit, and one group always wins. So the mean and the strongest principal
-    directions are removed from random rows, and each row is scaled so that its logits have the
-    wanted standard deviation. If a row's load on the text is still small, all rows are drawn anew.
+    The mean can dominate an MLP's input: then a row that is not orthogonal to it gives every token
+    about the same logit, and one group always wins. So the mean and the strongest principal
+    directions are removed, and each row is scaled to the wanted standard deviation of its logits.
+    If a row's load on the text is still small, all rows are drawn again.
     """
     common_HC = _common(inputs_PH, stream, draw)
     found: list[tuple[float, Array]] = []
     while len(found) < _TRIES and not (found and found[-1][0] >= _FAIR):
-        # The first draw is the one of a router without a calibration.
+        # The first draw is the one for normal rows.
         attempt = f"{stream}.{len(found)}" if found else stream
         rows_EH = _without(draw(attempt, (recipe.router_rows, inputs_PH.shape[1])), common_HC)
         rows_EH = _scaled(rows_EH, inputs_PH, recipe, stream)
@@ -53,10 +52,10 @@ def balanced(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Array
 
 
 def centroids(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Array:
-    """Return the centres of clusters of the inputs, by k-means on the sphere.
+    """Return centres of clusters of the inputs, by k-means on the sphere.
 
-    The shared directions are removed from the inputs first, and each row is scaled, as in
-    `balanced`. Raises UpcycleError when there are fewer positions than rows.
+    Shared directions are removed first, and rows are scaled, as in `balanced`. Raises UpcycleError
+    if there are fewer positions than rows.
     """
     positions, rows = len(inputs_PH), recipe.router_rows
     if positions < rows:
@@ -83,9 +82,8 @@ def prompted(inputs_PH: Array, weights_EP: Array, recipe: Recipe, stream: str) -
     """Return the mean input of each row's prompts, without the directions that all prompts share.
 
     `weights_EP` has the weight of each position in a row's mean, negative for negative prompts. The
-    mean over the rows is removed, since it shifts all logits of a token alike, and so is the
-    mean of all inputs, along which one row would win for every token. Each row is scaled as in
-    `balanced`.
+    mean over the rows is removed, since it shifts all logits of a token equally, and the mean of
+    all inputs, since one row would win for every token. Rows are scaled as in `balanced`.
     """
     rows_EH = weights_EP @ inputs_PH
     rows_EH = rows_EH - rows_EH.mean(0)

@@ -1,4 +1,4 @@
-"""Run dense models and mixtures of experts by transformers' own code, with weights left on disk.
+"""Run dense models and MoEs with transformers' own code, their weights left on disk.
 
-Both `verify` and the calibration of `convert` use it. It knows nothing about conversions.
+`verify` and the calibration of `convert` use it. It knows nothing about conversions.
 """

@@ -1,7 +1,7 @@
-"""A model that runs one layer at a time, and what each layer takes and returns.
+"""Run a model one layer at a time, and observe the input and output of each MLP.
 
-Each model runs in a thread of its own, which waits after every layer, so several models can run
-side by side. Only one thread runs at any time.
+Each model has its own thread, which waits after every layer, so several models can run side by
+side. Only one thread runs at any time.
 
 Legend: B texts, S positions, P extra positions, H hidden size.
 """
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 _JOIN_SECONDS = 1.0
-"""How long to wait for the thread of a run that is given up."""
+"""How long to wait for the thread of an abandoned run."""
 
 
 class _AbandonedError(BaseException):
-    """Ends the thread of a run that is given up; no code may catch it."""
+    """Ends the thread of an abandoned run; no code may catch it."""
 
 
 class Steps:
-    """Work in a thread that pauses where it calls `pause`, and goes on at each `advance`."""
+    """Work in a thread that stops at each `pause` until the next `advance`."""
 
     def __init__(self, work: Callable[[Callable[[], None]], None]) -> None:
         self._work = work
@@ -41,7 +41,7 @@ class Steps:
         self.done = False
 
     def advance(self) -> None:
-        """Run to the next pause, or to the end; raises what the work raises."""
+        """Run to the next pause or to the end; raises what the work raises."""
         if self.done:
             return
         if self._thread.ident is None:
@@ -81,7 +81,7 @@ class Steps:
 
 @dataclass
 class Run:
-    """A model that runs layer by layer, and what its hooks saw in the last layer."""
+    """A model that runs layer by layer, and the values of its last layer."""
 
     model: Model
     steps: Steps
@@ -90,15 +90,15 @@ class Run:
     mlp_input: torch.Tensor = field(init=False)
     mlp_output: torch.Tensor = field(init=False)
     extra: torch.Tensor | None = None
-    """Extra inputs for the MLP of the next layer (P, H); afterwards its outputs for them."""
+    """Extra inputs for the MLP of the next layer (P, H); then its outputs for them."""
     output: Any = None
-    """The output of the base model, once it has run to its end."""
+    """The output of the base model, after the last step."""
 
 
 class Span(NamedTuple):
-    """A part of a layer without its own module: the input of `first` to the output of `last`.
+    """A part of a layer that has no module: from the input of `first` to the output of `last`.
 
-    `whole` computes the part for extra inputs (P, H), without calling hooks.
+    `whole` computes the part for extra inputs (P, H) without calling hooks.
     """
 
     first: Model
@@ -108,9 +108,9 @@ class Span(NamedTuple):
 
 @contextmanager
 def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) -> Iterator[Run]:
-    """Start a model on text; each `steps.advance()` runs one layer, the last one the rest.
+    """Start a model on text: each `steps.advance()` runs one layer, the last one runs the rest.
 
-    `mlps` are the modules or parts to watch, at most one in a layer.
+    `mlps` are the modules or parts to observe, at most one per layer.
     """
 
     def work(pause: Callable[[], None]) -> None:
@@ -121,7 +121,7 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) ->
         with ExitStack() as hooks, torch.no_grad():
             for layer in decoder_layers(model):
                 hooks.callback(layer.register_forward_hook(end_layer).remove)
-            # Padding comes last, where causal attention hides it from the text.
+            # Padding comes last: causal attention hides it from the text.
             run.output = model.base_model(input_ids=ids_BS, use_cache=False)
 
     with Steps(work) as steps, ExitStack() as hooks:
@@ -132,7 +132,7 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) ->
 
 
 def _watch(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
-    """Register the hooks that note what an MLP takes and returns, and add the extra inputs."""
+    """Register hooks that note the input and output of an MLP, and add the extra inputs."""
 
     def enter(_module: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         run.mlp_input = inputs[0]
@@ -168,6 +168,6 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
 
 
 def _first(output: Any) -> torch.Tensor:  # noqa: ANN401
-    """Return the hidden states; some modules return more."""
+    """Return the hidden states of an output, which can have more values."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found

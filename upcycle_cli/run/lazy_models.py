@@ -1,7 +1,7 @@
 """Models that transformers runs while their weights stay in their files.
 
-The code that runs is transformers' own; only the weights are replaced. Which module of a layer is
-its MLP, its router and its experts follows from the rows of the model types.
+Only the weights are replaced; the code is transformers' own. The rows of the model types say which
+modules of a layer are its MLP, router and experts.
 
 Legend: S tokens, T top-k, H hidden size.
 """
@@ -36,26 +36,26 @@ from upcycle_cli.run.models import (
 )
 
 Find = Callable[[str, str], "Stored | None"]
-"""Returns a weight by the names that it has on disk and in memory; None if it is missing."""
+"""Returns a weight by its names on disk and in memory; None if it is missing."""
 Round = Callable[[str, torch.Tensor], torch.dtype]
-"""Returns the dtype that a weight is rounded to first, by its name in memory and what is stored."""
+"""Returns the dtype that a weight is rounded to first, from its name in memory and its values."""
 Observe = Callable[[str, torch.Tensor], None]
-"""Sees what each stored weight multiplies, the products, and the outputs of layers, by name."""
+"""Receives, by name, the inputs and products of each weight, and the outputs of layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class LazyModel:
-    """A model of transformers whose weights are read as it runs."""
+    """A transformers model that reads its weights while it runs."""
 
     checkpoint: Checkpoint
     net: Model
     experts: Experts | None
     """None for a dense model."""
     mlp: str
-    """The module of a layer that is its MLP, or has its router and experts."""
+    """The module of a layer that is its MLP, or that contains its router and experts."""
     weights: Mapping[str, torch.Tensor]
-    """The weights as they are stored, by their names in memory; of experts and other weights that
-    are made of several tensors, the first."""
+    """The stored weights by their names in memory; for experts and other weights of several
+    tensors, the first tensor."""
 
     def layer(self, layer: int) -> Model:
         """Return the module of a layer."""
@@ -63,7 +63,7 @@ class LazyModel:
 
     @property
     def num_layers(self) -> int:
-        """The number of layers, of whatever kind."""
+        """The number of layers of all kinds."""
         return len(decoder_layers(self.net))
 
     @property
@@ -74,7 +74,7 @@ class LazyModel:
         return self.weights[f"layers.{self.experts.layers[0]}.{weight}"].dtype
 
     def block(self, layer: int, target: Target) -> Model | Span:
-        """Return the part of a layer that a conversion to `target` replaces, before or after it."""
+        """Return the part of a layer that a conversion to `target` replaces, in either model."""
         with transformers_errors():
             if target.keeps_mlp:
                 return beside_mlp(self.layer(layer), target, is_moe=self.experts is not None)
@@ -94,12 +94,11 @@ def lazy_model(
     round_to: Round | None = None,
     observe: Observe | None = None,
 ) -> LazyModel:
-    """Return a dense model or an MoE, to be run in float32 with its weights left on disk.
+    """Return a dense model or an MoE that runs in float32, with its weights left on disk.
 
-    A token that chose several experts of the same bytes is sent to one of them, with the sum of
-    their gates. Raises TransformersError when transformers cannot make the model of its config, or
-    a tensor is missing or has another shape; UpcycleError when an expert's tensor has that fault,
-    here or once the expert runs.
+    Equal experts that a token chose run once, with the sum of their gates. Raises TransformersError
+    if transformers cannot make the model, or if a tensor is missing or has another shape;
+    UpcycleError for such a tensor of an expert, here or when the expert runs.
     """
     weights: dict[str, torch.Tensor] = {}
 
@@ -153,7 +152,7 @@ def _observe_layers(net: Model, observe: Observe) -> None:
 
 
 def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
-    """Return what a layer adds by its MLP, and by the experts that lie beside it if it has some."""
+    """Return the part of a layer with its MLP and the experts beside it, if any."""
     module = layer.get_submodule
     first, last = module("pre_feedforward_layernorm"), module("post_feedforward_layernorm")
 
@@ -176,11 +175,11 @@ def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
 def _finder(
     checkpoint: Checkpoint, inside: Inside | None, root: str
 ) -> Callable[[str], str | None]:
-    """Return a function to a name on disk from one that transformers writes or has in memory."""
+    """Return a function that maps a name in memory, or one that transformers writes, to disk."""
     if inside is None:
 
         def names(name: str) -> Iterator[str]:
-            # Fused experts have the names in memory, but for the prefix.
+            # Fused experts have the names in memory, except for the prefix.
             yield from (name, root + name.removeprefix("model."))
     else:
         loaded = {inside.in_memory(name): name for name in checkpoint.tensors}
@@ -199,11 +198,11 @@ def _net(
 ) -> Model:
     """Return a model whose weights stay in their files.
 
-    `stacks` are the experts' weights by layer and name within the layer, as they are in memory.
-    Raises TransformersError when a weight is missing or has another shape than the config implies.
+    `stacks` are the experts' weights by layer and by name in memory. Raises TransformersError if a
+    weight is missing, or if its shape does not match the config.
     """
     config = load_config(path)
-    config._experts_implementation = "eager"  # noqa: SLF001 - the others want one tensor of all
+    config._experts_implementation = "eager"  # noqa: SLF001 - others need one tensor of all
     config.dtype = torch.float32
     with transformers_errors(), torch.no_grad():
         model = empty_model(config, "meta")
@@ -225,7 +224,7 @@ def _compute_buffers(model: Model) -> None:
         owners[owner] = model.get_submodule(owner)
         owners[owner]._buffers[leaf] = torch.empty_like(buffer, device="cpu")  # noqa: SLF001
     for name, owner in owners.items():
-        # from_pretrained asks the innermost model that the module is a part of.
+        # Like from_pretrained, use the innermost model that contains the module.
         whole = model
         for end in (i for i, letter in enumerate(f"{name}.") if letter == "."):
             inner = model.get_submodule(name[:end])
@@ -235,11 +234,11 @@ def _compute_buffers(model: Model) -> None:
 
 def _check_shape(name: str, held: torch.Size, implied: torch.Size) -> None:
     if held != implied:
-        raise TransformersError(f"{name} has shape {[*held]}, and config.json implies {[*implied]}")
+        raise TransformersError(f"{name} has shape {[*held]}, but config.json implies {[*implied]}")
 
 
 def _untie(model: Model, tensor: Find) -> None:
-    """Give the head a weight of its own if the files have one, as from_pretrained does."""
+    """Give the head its own weight if the files have one, as from_pretrained does."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
@@ -249,10 +248,9 @@ def _untie(model: Model, tensor: Find) -> None:
 
 
 def _fill(model: Model, tensor: Find) -> None:
-    """Put each stored weight in its place, except those of experts.
+    """Put each stored weight in its place, except the experts' weights.
 
-    Some weights have memory and random values by now: not all code that makes a tensor asks which
-    device to use.
+    Some weights already have memory and random values, since not all code respects the device.
     """
     _untie(model, tensor)
     state = model.state_dict(keep_vars=True)
@@ -260,8 +258,8 @@ def _fill(model: Model, tensor: Find) -> None:
     in_memory = {id(held): name for name, held in reversed(named.items())}
     places = _places(model)
     found: dict[int, Stored] = {}
-    # A tied head is the embedding, and only one of the two names may be on disk; and some save a
-    # model under the names that it has in memory.
+    # A tied head is the embedding, and only one of the names may be on disk. Some checkpoints use
+    # the names in memory.
     for name, held in (*names_on_disk(model, named).items(), *named.items()):
         stored = None if id(held) in found else tensor(name, in_memory.get(id(held), name))
         if stored is not None:
@@ -272,12 +270,12 @@ def _fill(model: Model, tensor: Find) -> None:
         stored = found[id(held)]
         _check_shape(name, stored.shape, held.shape)
         for slots, leaf in places[id(held)]:
-            # A vector is read whole: all sorts of functions use it.
+            # Read vectors whole: many functions use them.
             slots[leaf] = stored if held.dim() > 1 else stored.whole()
 
 
 def _places(model: Model) -> dict[int, list[tuple[dict[str, Any], str]]]:
-    """Return where a model keeps each of its tensors, by their ids."""
+    """Return the slots of each tensor of a model, by its id."""
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
         for slots in (module._parameters, module._buffers):  # noqa: SLF001

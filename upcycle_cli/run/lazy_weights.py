@@ -1,8 +1,7 @@
-"""Weights that stay in their files: torch's functions read them as they compute.
+"""Weights that stay in their files until torch's functions use them.
 
-A linear layer reads a block of rows at a time, an embedding only the rows that it needs, and the
-experts of a layer are read one by one, so a model of any size runs in the memory of its
-activations.
+A linear layer reads a block of rows at a time, an embedding only the rows that it needs, and
+experts are read one by one, so a model of any size runs in the memory of its activations.
 """
 
 from __future__ import annotations
@@ -16,34 +15,34 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 _BLOCK = 1 << 24
-"""Elements of a weight that are in memory at once: 64 MB in float32."""
+"""Elements of a weight in memory at once: 64 MB in float32."""
 
 
 class _Unread:
-    """What torch and transformers ask of a weight before they use it."""
+    """The attributes that torch and transformers read before they use a weight."""
 
     device = torch.device("cpu")
     dtype = torch.float32
     requires_grad = False
 
     def is_floating_point(self) -> bool:
-        """Answer for torch, without reading anything."""
+        """Tell torch that this is a weight."""
         return True
 
 
 @dataclass(frozen=True, eq=False)
 class Stored(_Unread):
-    """A tensor of a file, or several one below the other, in the place of a model's weight.
+    """One tensor of a file, or several concatenated ones, in place of a model's weight.
 
     torch computes with its values in float32.
     """
 
     pieces: tuple[torch.Tensor, ...]
-    """Views of mapped files, with the same number of columns each."""
+    """Views of mapped files with equal numbers of columns."""
     round_to: torch.dtype
     """The dtype that the values are rounded to first."""
     observe: Callable[[torch.Tensor], None] | None = None
-    """Sees what the weight multiplies, and each product."""
+    """Receives each input and product of the weight."""
 
     @property
     def shape(self) -> torch.Size:
@@ -54,7 +53,7 @@ class Stored(_Unread):
         return torch.Size((sum(len(piece) for piece in self.pieces), *first.shape[1:]))
 
     def cast(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values of a file as torch computes with them."""
+        """Return values of a file in float32, rounded first."""
         return values.to(self.round_to).float()
 
     def whole(self) -> torch.Tensor:
@@ -92,7 +91,7 @@ class Stored(_Unread):
             return second.observed(args[0], _linear(*args, **kwargs))
         if second is not None and function is functional.embedding:
             needed, place = torch.unique(args[0], return_inverse=True)
-            # The other arguments are about training, or about a row that is there already.
+            # The other arguments only matter for training or padding.
             return functional.embedding(place, second.cast(second.pieces[0][needed]))
         weights = [arg for arg in args if isinstance(arg, cls)]
         args, kwargs = tree_map_only(cls, cls.whole, (args, dict(kwargs)))
@@ -121,14 +120,14 @@ def _linear(
     for begin in range(0, num_rows, size):
         end = min(begin + size, num_rows)
         part = None if bias is None else bias[begin:end]
-        # Not under a name, which would keep the block while the next is read.
+        # Without a name, which would keep the block in memory while the next one is read.
         output[..., begin:end] = functional.linear(input, weight.block(begin, end).whole(), part)
     return output
 
 
 @dataclass(frozen=True, eq=False)
 class Stack(_Unread):
-    """The matrices, or biases, of all experts of a layer, in the place of one weight."""
+    """The matrices or biases of all experts of a layer, in place of one weight."""
 
     expert: Callable[[int], Stored]
 

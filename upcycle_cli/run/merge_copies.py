@@ -1,4 +1,4 @@
-"""Runs copies of an expert once, although the router chooses several of them.
+"""Run copies of an expert once if the router chooses several of them.
 
 Legend: S tokens, N experts, T top-k, H hidden size.
 """
@@ -13,14 +13,13 @@ from upcycle_cli.models.moe_experts import Experts
 from upcycle_cli.run.models import Model
 
 _SAMPLE = 32
-"""How many elements of each part are compared first: most different experts differ there."""
+"""How many elements of each part are compared first; most different experts differ there."""
 
 
 class MergeCopies:
-    """A hook on a layer's experts: copies of one expert are run once, with the sum of their gates.
+    """A hook on a layer's experts: copies of an expert run once, with the sum of their gates.
 
-    Fewer and larger matrix products are faster. The first run of the layer finds the copies by
-    comparing the experts' bytes.
+    Fewer and larger matrix products are faster. The first run compares the experts' bytes.
     """
 
     def __init__(self, experts: Experts, reader: Reader, layer: int) -> None:

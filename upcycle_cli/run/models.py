@@ -1,7 +1,7 @@
 """Calls into transformers: configs, empty models and tokenizers.
 
-Its warnings, progress bars and log lines stay off the user's screen, and whatever it raises on a
-damaged checkpoint becomes a `TransformersError` with its message. Nothing here goes online.
+Its warnings, progress bars and log lines are hidden, and its errors about a damaged checkpoint
+become a `TransformersError`. Nothing here goes online.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from upcycle_cli.run.shipped import registered
 
 Config: TypeAlias = Any
 Model: TypeAlias = Any
-"""transformers has no types to name."""
+"""transformers has no types."""
 
 # Without an answer about remote code, transformers may ask on the terminal.
 _OFFLINE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -51,8 +51,7 @@ def _import_transformers() -> None:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     except Exception as error:
-        # A broken installation raises ImportError mostly, but AttributeError or OSError as well,
-        # from a library that does not fit.
+        # A broken installation can also raise AttributeError or OSError.
         words = " ".join(str(error).split()) or type(error).__name__
         raise UpcycleError(
             f"transformers cannot be imported: {words[:300]}",
@@ -71,7 +70,7 @@ def transformers_errors() -> Iterator[None]:
     offline = constants.HF_HUB_OFFLINE
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    # A checkpoint can name repos in more places than options can forbid.
+    # A checkpoint can name repos in places that no option covers.
     constants.HF_HUB_OFFLINE = True
     try:
         with warnings.catch_warnings():
@@ -83,12 +82,11 @@ def transformers_errors() -> Iterator[None]:
         lack = lack_in_words(error)
         if lack is not None:
             raise lack from error
-        # The tokenizers library panics on some inputs, outside of Exception.
+        # Panics of the tokenizers library are no Exceptions.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        # A damaged checkpoint can make transformers raise nearly anything: OSError, ValueError,
-        # KeyError, ZeroDivisionError, errors of huggingface_hub. All of them are findings about
-        # the checkpoint, except what the system refuses.
+        # A damaged checkpoint makes transformers raise nearly anything: OSError, ValueError,
+        # KeyError, ZeroDivisionError. All are findings, except what the system refuses.
         if isinstance(error, OSError) and error.errno in _SYSTEM_REFUSALS:
             raise
         words = " ".join(str(error).split()) or type(error).__name__
@@ -102,7 +100,7 @@ def transformers_errors() -> Iterator[None]:
 
 @contextmanager
 def source_errors(path: Path) -> Iterator[None]:
-    """Raise UpcycleError where transformers cannot run the model that a conversion starts from."""
+    """Raise UpcycleError if transformers cannot run the source of a conversion."""
     try:
         with transformers_errors():
             yield
@@ -118,16 +116,13 @@ def load_config(path: Path) -> Config:
         config = AutoConfig.from_pretrained(path, **_OFFLINE)
         text = config.get_text_config()
         if getattr(text, "is_heterogeneous", False):
-            # Else reading a setting that differs between layers raises an error.
+            # Otherwise reading a setting that differs between layers is an error.
             text.allow_global_per_layer_attribute_access = True
         return config
 
 
 def saved_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what transformers saves of a config, and every value that its class has for it.
-
-    Raises TransformersError.
-    """
+    """Return the config that transformers saves, and all values of its class; TransformersError."""
     with TemporaryDirectory(prefix="upcycle-config-") as scratch:
         path = Path(scratch)
         (path / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
@@ -142,7 +137,7 @@ def _model_type(path: Path) -> str:
 
 
 def empty_model(config: Config, device: str) -> Model:
-    """Return a model without loaded weights, in evaluation mode, on a device of torch."""
+    """Return a model without loaded weights, in evaluation mode, on a torch device."""
     import torch
 
     with torch.device(device), registered(config.model_type):

@@ -1,7 +1,7 @@
-"""Run models whose code upcycle ships, without running code of a checkpoint.
+"""Run models with shipped code, without running code of a checkpoint.
 
-The code that this version writes for the model type is run from here, and registered with
-transformers for as long as it is needed.
+The code that this version writes for the model type is registered with transformers while it is
+needed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def _code_for(model_type: str) -> str:
 
 @contextmanager
 def registered(model_type: str) -> Iterator[None]:
-    """Register a model type whose code is shipped; transformers knows all others.
+    """Register a model type with shipped code; transformers knows all others.
 
-    It is taken back at the end: else a caller's own model would be saved without its code.
+    Unregister it at the end, or a caller's own model would be saved without its code.
     """
     if not model_type.startswith(UPCYCLED_PREFIX):
         yield

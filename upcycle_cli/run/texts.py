@@ -1,4 +1,4 @@
-"""Texts as tokens, and tokens as the rows that a model is run on."""
+"""Turn texts into tokens, and tokens into rows for a model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 ROW_TOKENS = 512
-"""Of a row, unless the model takes fewer."""
+"""Tokens per row, unless the model takes fewer."""
 
 
 def tokenized(
     dense: Checkpoint, texts: Sequence[Text], vocab_size: int
 ) -> tuple[list[list[int]], Callable[[list[int]], str], str]:
-    """Return the texts as tokens, what makes text of tokens, and why there are no tokens."""
+    """Return the texts as tokens, a function that decodes tokens, and why there are no tokens."""
     if not tokenizer_files(dense):
         return [], str, "the dense model has no tokenizer"
     try:
@@ -35,7 +35,7 @@ def tokenized(
     except TransformersError as error:
         return [], str, f"the dense model's tokenizer cannot be used ({error})"
     usable = [ids for ids in found if ids and max(ids) < vocab_size]
-    reason = "the dense model's tokenizer makes no ids, or some beyond its vocabulary"
+    reason = "the dense model's tokenizer makes no ids, or ids beyond its vocabulary"
     return usable, lambda tokens: str(tokenizer.decode(tokens)), reason
 
 
@@ -50,7 +50,7 @@ def _ids(tokenizer: Any, text: Text) -> list[int]:  # noqa: ANN401
 
 
 def shares(texts: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
-    """Yield a fair share of the tokens of each text; what short ones leave is for the others."""
+    """Yield a fair share of tokens of each text; long texts get what short ones leave."""
     for left, text in zip(range(len(texts), 0, -1), sorted(texts, key=len), strict=True):
         share = text[: -(-tokens // left)]
         tokens -= len(share)
@@ -58,7 +58,7 @@ def shares(texts: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
 
 
 def as_rows(tokens: Sequence[int], config: Config) -> torch.Tensor:
-    """Return tokens in rows that a model of this config takes; padding, any tokens, comes last."""
+    """Return tokens in rows for a model of this config, with any tokens as padding at the end."""
     import torch
 
     longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS

@@ -1,9 +1,8 @@
-"""The check `directory`: compare the MoE's files with the plan's.
+"""The check `directory`: compare the MoE's files with the plan.
 
-JSON is compared by value and the rest byte for byte. Any other file that a loader could read is a
-difference, and so is any other setting. What transformers writes when it saves such a model again
-is accepted: where config.json differs, transformers' own config class reads both, and they are
-compared by what they mean.
+JSON is compared by value, the rest byte for byte. Any other setting is a difference, and so is any
+other file that a loader could read. Files that transformers has saved again are accepted if they
+mean the same to transformers.
 """
 
 from __future__ import annotations
@@ -50,24 +49,24 @@ from upcycle_cli.write.record import described
 NAME = "directory"
 Settings = Mapping[str, Any]
 _REWRITTEN = ("_name_or_path", "transformers_version")
-"""Keys of config.json that transformers sets when it saves a model: of what, and by whom."""
+"""Keys of config.json that transformers sets when it saves a model."""
 _LEFT_OUT = ("dtype", "tie_word_embeddings")
-"""Keys that some versions of transformers save under another name, or only if no default."""
+"""Keys that some versions of transformers rename, or leave out if they are defaults."""
 _OWN = (CONFIG_NAME, RECORD_NAME, CARD_NAME, REPORT_NAME, CHECKSUMS_NAME)
 _GIT = (".gitattributes", ".gitignore")
 _LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 _PROCESSORS = ("*processor_config.json", "chat_template.json")
-"""Files of a processor, which no tokenizer reads or saves."""
+"""Files of a processor, which tokenizers neither read nor save."""
 _INERT = ("", ".md", ".txt", ".log", ".csv", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg")
-"""Suffixes of files that no loader reads, unless they have the name of a tokenizer's file."""
+"""Suffixes of files that no loader reads, except for files of a tokenizer."""
 _SAVED_BY = ("transformers_version", "is_local", "local_files_only")
-"""Keys that transformers adds when it saves, which nothing reads."""
+"""Keys that transformers adds when it saves; nothing reads them."""
 
 
 def check_directory(
     plan: Plan, moe: Checkpoint, names: Sequence[str], record: Settings
 ) -> CheckResult:
-    """Compare an MoE's files with the plan; `names` are all that lie in its directory."""
+    """Compare an MoE's files with the plan; `names` are all files in its directory."""
     findings, notes = Findings(), list[str]()
     findings.add(*_config_failures(plan, moe, record, notes), *_record_failures(plan, record))
     findings.add(*_weight_file_failures(moe), *_companion_failures(plan, moe, notes))
@@ -78,13 +77,13 @@ def check_directory(
 
 
 def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:
-    """Check the names and metadata of weight files; how tensors are spread over them is free."""
+    """Check the names and metadata of weight files; tensors may be spread over them freely."""
     for shard in moe.shards:
         if "/" in shard.name or not matches(shard.name, ("model*.safetensors",)):
-            yield f"{shard.name} holds weights under a name that only the index knows"
+            yield f"{shard.name} holds weights, but loaders look for model*.safetensors"
         if shard.format != "pt":
             kind = shown(shard.format)
-            yield f"{shard.name}: the format in its metadata is {kind}, and loaders want 'pt'"
+            yield f"{shard.name}: the format in its metadata is {kind}, but loaders want 'pt'"
     if not _has_index(moe):
         return
     index = read_json(moe.storage.local(INDEX_NAME), MOST_LISTING_BYTES)
@@ -104,12 +103,12 @@ def _has_index(moe: Checkpoint) -> bool:
 
 
 def _foreign_failures(plan: Plan, moe: Checkpoint, names: Sequence[str]) -> Iterator[str]:
-    """Name the files that no plan writes and that a loader could read."""
+    """Name the files that convert does not write and that a loader could read."""
     expected = {*_OWN, *_GIT, *(shard.name for shard in moe.shards)}
     expected |= {INDEX_NAME} if _has_index(moe) else set()
     expected |= {CODE_NAME} if plan.code is not None else set()
     for name in (name for name in names if name not in expected):
-        # Where file names have no case, one in another case is read as a companion, too.
+        # Some file systems ignore case, so a companion's name in another case counts as well.
         is_companion, may_be = (matches(each, COMPANIONS) for each in (name, name.casefold()))
         inert = is_companion or (not may_be and PurePosixPath(name).suffix.casefold() in _INERT)
         if not inert or is_weight_file(name) or name.endswith((".py", "/")):
@@ -120,21 +119,21 @@ def _foreign_failures(plan: Plan, moe: Checkpoint, names: Sequence[str]) -> Iter
 
 
 def _same(one: object, other: object) -> bool:
-    """Whether two JSON values are the same; 1, 1.0 and true are three."""
+    """Whether two JSON values are the same; 1, 1.0 and true are different."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _differences(wanted: object, held: object, path: str = "") -> Iterator[str]:
-    """Yield each difference of a JSON value from the one that it should be, in words."""
+    """Yield in words how a JSON value differs from the wanted one."""
     if _same(wanted, held):
         return
     if isinstance(wanted, Mapping) and isinstance(held, Mapping):
         for key in {**wanted, **held}:
             where = f"{path}.{key}" if path else str(key)
             if key not in held:
-                yield f"{where} is missing, and should be {shown(wanted[key])}"
+                yield f"{where} is missing; it should be {shown(wanted[key])}"
             elif key not in wanted:
-                yield f"{where} is {shown(held[key])}, and should not be there"
+                yield f"{where} is {shown(held[key])}, but should not be there"
             else:
                 yield from _differences(wanted[key], held[key], where)
     elif isinstance(wanted, list) and isinstance(held, list) and len(wanted) == len(held):
@@ -153,20 +152,20 @@ def _config_failures(
     if not found:
         return
     if _means_the_same(_with_dtype(wanted, moe.config, stored), moe.config):
-        notes.append(f"{CONFIG_NAME} was saved again by transformers, and says the same.")
+        notes.append(f"transformers saved {CONFIG_NAME} again; it means the same.")
         return
     yield from (f"{CONFIG_NAME}: {each}" for each in found)
     tool, this = record.get("tool"), version("upcycle-cli")
     before = tool.get("version") if isinstance(tool, dict) else None
     if before != this:
         notes.append(
-            f"It was made by upcycle {before}, and this is {this}: that version may have written "
-            "other settings. Verify with it, or convert again."
+            f"upcycle {before} made it, but this is upcycle {this}, which may write other keys. "
+            f"Verify with upcycle {before}, or convert again."
         )
 
 
 def _main_dtype(moe: Checkpoint) -> str:
-    """Return the dtype that most bytes of an MoE have, by torch's name."""
+    """Return torch's name for the dtype of most bytes of an MoE."""
     nbytes = Counter[str]()
     for entry in moe.tensors.values():
         nbytes[entry.dtype] += entry.nbytes
@@ -174,7 +173,7 @@ def _main_dtype(moe: Checkpoint) -> str:
 
 
 def _with_dtype(wanted: Settings, held: Settings, stored: str) -> Settings:
-    """Name the dtype where transformers names the one it loaded, which `weights` compares."""
+    """Accept the stored dtype where transformers names it: `weights` compares dtypes."""
     named = {key: stored for key in ("dtype", "torch_dtype") if held.get(key) == stored}
     nested = {
         key: _with_dtype(wanted[key], held[key], stored)
@@ -185,11 +184,11 @@ def _with_dtype(wanted: Settings, held: Settings, stored: str) -> Settings:
 
 
 def _means_the_same(wanted: Settings, held: Settings) -> bool:
-    """Whether a config is one that transformers may save of another one.
+    """Whether transformers may have saved one config as the other.
 
-    Each key must mean the same to transformers. Since other engines read the file itself, each
-    value must also be the other config's, or the one that transformers writes for it, and no key
-    may be missing that transformers writes.
+    Each key must mean the same to transformers. Other engines read the file itself, so each value
+    must also be the wanted one or the one that transformers writes, and no written key may be
+    missing.
     """
     from upcycle_cli.run.models import TransformersError, saved_config
 
@@ -208,16 +207,16 @@ def _means_the_same(wanted: Settings, held: Settings) -> bool:
 
 
 def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
-    """Compare what the record states beside its recipe with the plan of that recipe."""
+    """Compare the rest of the record with the plan of its recipe."""
     wanted: dict[str, Any] = json.loads(json.dumps(described(plan)))
     layout = wanted.pop("expert_layout")
     held = {key: record[key] for key in wanted}
-    if layout == record["expert_layout"]:  # else transformers has changed it, and names with it
+    if layout == record["expert_layout"]:  # else transformers changed it, and names with it
         wanted["routers"] = sorted(t.name for t in plan.tensors if t.role is Role.ROUTER)
         routers = record["routers"]  # training changes their digests
         held["routers"] = sorted(routers) if isinstance(routers, dict) else routers
     source, dense = record.get("source"), plan.source
-    # A conversion of a local directory recorded no revision; the weights are compared all the same.
+    # A conversion from a local directory records no revision.
     if dense.repo is not None and isinstance(source, dict) and source.get("revision") is not None:
         wanted["source"] = {"name": dense.name, "revision": dense.revision}
         held["source"] = {key: source.get(key) for key in wanted["source"]}
@@ -227,14 +226,14 @@ def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
     yield from (f"{RECORD_NAME}: {each}" for each in _differences(wanted, held))
     calibrates = plan.growing is None and plan.recipe.calibrates
     if calibrates and not isinstance(record["calibration"], dict):
-        yield f"{RECORD_NAME}: the recipe needs a calibration, and none is recorded"
+        yield f"{RECORD_NAME}: the recipe needs a calibration, but none is recorded"
 
 
 # Tokenizer, generation settings, licences ---------------------------------------------------------
 
 
 def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
-    """Compare the code, and what is copied from the dense model."""
+    """Compare the code, and the files that are copied from the dense model."""
     names = {file.name for model in (plan.source, moe) for file in model.companions}
     licences = {name for name in names if matches(name, _LICENCES)}
     generation = names & {GENERATION_NAME}
@@ -244,11 +243,11 @@ def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterat
         found = [*_differing(plan, moe, some)]
         if found and _equals_saved(plan, moe, some):
             saved = ", ".join(sorted(some))
-            notes.append(f"Saved again by transformers, and the same: {saved}.")
+            notes.append(f"transformers saved {saved} again; the content is the same.")
         else:
             yield from found
     yield from _differing(plan, moe, [] if plan.code is None else [CODE_NAME])
-    # Somebody may add or amend a licence, which no engine reads.
+    # No engine reads a licence, so a changed one is only noted.
     notes += [f"{each}." for each in _differing(plan, moe, licences)]
 
 
@@ -272,7 +271,7 @@ def _differing(plan: Plan, moe: Checkpoint, names: Collection[str]) -> Iterator[
 
 
 def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
-    """Whether the MoE's files are what transformers writes when it saves the dense model's."""
+    """Whether transformers writes the MoE's files when it saves the dense model's."""
     dense = plan.source
     from upcycle_cli.run.models import TransformersError
 
@@ -280,7 +279,7 @@ def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
         written = _saved(dense, plan.config, generation=GENERATION_NAME in names)
         for name in names | written.keys():
             wanted, held = written.get(name), _contents(moe, name)
-            # What transformers no longer writes it has moved to a file that it does write.
+            # transformers has moved the content of a file that it no longer writes to another.
             if wanted == held or (wanted is None and held == _contents(dense, name)):
                 continue
             if wanted is None or held is None or not name.endswith(".json"):
@@ -296,7 +295,7 @@ def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
 def _saved(dense: Checkpoint, config: Settings, *, generation: bool) -> dict[str, bytes]:
     """Return what transformers writes when it saves the tokenizer, or the generation settings.
 
-    The config decides which class the tokenizer has, so it is the MoE's.
+    The MoE's config decides the class of the tokenizer.
     """
     from upcycle_cli.run.models import load_config, load_tokenizer, transformers_errors
 
@@ -313,14 +312,14 @@ def _saved(dense: Checkpoint, config: Settings, *, generation: bool) -> dict[str
         elif dense.storage.has(GENERATION_NAME):
             found = GenerationConfig.from_pretrained(before, local_files_only=True)
             found.save_pretrained(again)
-        else:  # then transformers saves what the model's config says
+        else:  # transformers takes the settings from the model's config
             GenerationConfig.from_model_config(load_config(before)).save_pretrained(again)
         files = [path for path in again.rglob("*") if path.is_file()]
         return {path.relative_to(again).as_posix(): path.read_bytes() for path in files}
 
 
 def _without_defaults(value: object) -> object:
-    """Leave out keys of who saved it, and flags of generation that transformers writes or not."""
+    """Leave out keys that say who saved a file, and flags that not every version writes."""
     if not isinstance(value, dict):
         return value
     flags = [(flag, False) for flag in ("output_attentions", "output_hidden_states")]

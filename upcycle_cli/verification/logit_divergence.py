@@ -1,7 +1,7 @@
 """Compare next-token distributions, one block of the vocabulary at a time.
 
-No model's logits are held whole: sums over the vocabulary are made block by block, relative to the
-largest logit so far, as in online softmax (Milakov & Gimelshein, arXiv 1805.02867).
+Sums over the vocabulary are made block by block, relative to the largest logit so far, as in online
+softmax (Milakov & Gimelshein, arXiv 1805.02867).
 
 Legend: P positions, V vocabulary, H hidden size.
 """
@@ -18,7 +18,7 @@ import torch
 from upcycle_cli.run.models import Model
 
 _BLOCK_LOGITS = 1 << 20
-"""Logits of one model that are in memory at once: 4 MB in float32, about what a cache holds."""
+"""Logits of one model in memory at once: 4 MB in float32, about the size of a cache."""
 _NEAR = 1.0
 _TINY = 1e-3
 """Below this difference of logits d, exp(-d) - 1 + d is d²/2 - d³/6 to six digits."""
@@ -39,12 +39,12 @@ class Ending:
         weight, bias = head.weight, getattr(head, "bias", None)
         ids = torch.zeros(output.last_hidden_state.shape[:2], dtype=torch.long)
         own = base.forward
-        # The causal LM itself is called, since it may cap or scale the logits.
+        # Call the causal LM itself, since it may cap or scale the logits.
         base.forward = lambda *_, **__: output
         try:
             for begin in range(0, weight.shape[0], size):
                 end = begin + size
-                slots = head._parameters  # noqa: SLF001 - a block is not a parameter
+                slots = head._parameters  # noqa: SLF001 - a block is not a Parameter
                 slots["weight"] = weight.block(begin, end)
                 if bias is not None:
                     slots["bias"] = bias[begin:end]
@@ -155,7 +155,7 @@ def compare(
 ) -> Comparison:
     """Compare the dense model, the same with rounded weights (if rounding matters), and the MoE.
 
-    `targets_P` are the next tokens of the text, -1 at its end.
+    `targets_P` are the next tokens of the text; -1 where it ends.
     """
     P = len(targets_P)
     size = max(1, _BLOCK_LOGITS // P)

@@ -1,8 +1,7 @@
-"""Recognise neurons by their weights, in whatever order they lie.
+"""Recognise neurons by their weights, in any order.
 
 A neuron's hash is the sum of the bits of its weights, each times an odd 64-bit number, modulo 2^64.
-It is computed at the speed of memory; whether two neurons with one hash are the same is for the
-caller to compare.
+It is computed at the speed of memory. Callers compare neurons with equal hashes.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _BLOCK_ITEMS = 1 << 18
 
 
 def neuron_hashes(matrix: NDArray[Any], dim: int, part: str) -> Hashes:
-    """Return a hash for each neuron of a matrix or vector, which its dimension `dim` counts.
+    """Return a hash for each neuron of a matrix or vector; the neurons lie along `dim`.
 
-    `matrix` has the bits of the weights as integers. `part` names the part of the MLP, so that the
-    hashes of several parts of the same neurons can be added up.
+    `matrix` has the bits of the weights as integers. Hashes of several parts of the same neurons
+    can be added up, since each `part` of the MLP has its own factors.
     """
     columns = matrix.reshape(len(matrix), -1)
     factors = _factors(part, columns.shape[1 - dim])

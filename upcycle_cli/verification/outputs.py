@@ -1,8 +1,8 @@
-"""Outputs: do both models, run by transformers' own code, predict the same next tokens?
+"""The check `outputs`: do both models predict the same next tokens?
 
-Both run in float32 on the same tokens, with their weights left on disk. The difference is held to
-the promise: nothing beyond arithmetic, or an error of the order of the router's logits. Where
-nothing is promised, the difference is measured. Nothing here is shared with the planner, so this
+transformers' own code runs both in float32 on the same tokens, with the weights left on disk. The
+promise limits the difference: rounding of arithmetic, or an error of the order of the router's
+logits. Without a promise the difference is only measured. Nothing here uses the planner, so this
 check finds a planner that is wrong.
 """
 
@@ -38,7 +38,7 @@ _MOST_ROUNDING_KL = 1e-2
 _MOST_SPLIT_EXACT = 1e-3
 _MOST_SPLIT = 1e-2
 _LARGEST_LOGIT_STD = 0.05
-"""Above this standard deviation of the router's logits softmax-topk promises nothing."""
+"""Above this standard deviation of the router's logits softmax-topk promises no equality."""
 _LIMITS = {
     "kl_mean_whole": "mean KL to the {source} is {found:.2g}; {recipe} allows {most:.2g}",
     "kl_mean_picture": "mean KL to the {source} on a picture is {found:.2g}; {recipe} allows "
@@ -55,19 +55,19 @@ _NOT_COMPARED = "The outputs could not be compared."
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What an MoE is held to, as plain values."""
+    """What the outputs of an MoE must satisfy, as plain values."""
 
     promise: Promise
     reason: str = ""
-    """Why nothing is promised, where the promise is none."""
+    """Why the promise is none, if it is."""
     group_size: int = 1
-    """How many neighbouring experts share a router row: a virtual group."""
+    """How many neighbouring experts share a router row."""
     logit_std: float = 0.0
-    """Of an approximate promise: the standard deviation of the router's logits."""
+    """The standard deviation of the router's logits, for an approximate promise."""
     is_lossless: bool = True
-    """Whether all factors on the weights and biases of experts are powers of two."""
+    """Whether all factors on expert weights and biases are powers of two."""
     source: str = "dense model"
-    """What messages call the model that the MoE was made from."""
+    """How messages call the model that the MoE was made from."""
 
 
 def check_outputs(
@@ -77,13 +77,12 @@ def check_outputs(
     texts: TextOptions,
     watch: Progress | None = None,
 ) -> CheckResult:
-    """Compare the predictions of an MoE with those of the model that it was made from.
+    """Compare the predictions of an MoE and of its source, which may be a smaller MoE.
 
-    `dense` may be an MoE that grew. Raises UpcycleError when it cannot run, and for text options
-    that no model can follow.
+    Raises UpcycleError if the source cannot run, and for impossible text options.
     """
     findings = Findings(
-        f"{entry.name} is {entry.dtype}, which no weight can be"
+        f"{entry.name} is {entry.dtype}, which is no dtype for weights"
         for entry in moe.tensors.values()
         if entry.dtype not in TORCH_DTYPES
     )
@@ -123,7 +122,7 @@ def _compare(
         upcycled = lazy_model(moe, moe_reader, observe=observe)
     experts = upcycled.experts
     if experts is None or experts.num_experts % expected.group_size:
-        raise TransformersError("config.json describes no mixture of experts in such groups")
+        raise TransformersError("its config.json does not describe experts in such groups")
     with source_errors(dense.path):
         published = lazy_model(dense, dense_reader)
     round_to = rounding(published, upcycled)
@@ -168,13 +167,13 @@ def _compare(
 
 
 class _Overflow:
-    """Finds values that float16 cannot hold, in an MoE that is stored in float16."""
+    """Finds values that overflow in an MoE that is stored in float16."""
 
     def __init__(self) -> None:
         self.largest, self._name = 0.0, ""
 
     def note(self, name: str, values: torch.Tensor) -> None:
-        """Note the largest magnitude of values, and the weight that they belong to."""
+        """Note the largest magnitude, and its weight."""
         largest = float(values.abs().max()) if values.numel() else 0.0
         if not (math.isnan(self.largest) or largest <= self.largest):
             self.largest, self._name = largest, name
@@ -183,9 +182,8 @@ class _Overflow:
         """Say where a value exceeds float16."""
         if not self.largest <= _FLOAT16_MAX:
             yield (
-                f"{self._name}: values reach {self.largest:.4g} where it is used, and the model is "
-                f"stored in float16, which ends at {_FLOAT16_MAX:g}; convert to bfloat16 or "
-                "float32 instead"
+                f"{self._name}: values reach {self.largest:.4g} at run time, but the model is in "
+                f"float16, which ends at {_FLOAT16_MAX:g}; convert to bfloat16 or float32"
             )
 
 
@@ -200,10 +198,10 @@ def _texts(found: Found, prompt: Prompt) -> tuple[TextMeasure, ...]:
 
 
 def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
-    """Return the metrics: KL(dense ‖ MoE) in nats per token, NLL of the text alone, and others.
+    """Return the metrics: KL(dense ‖ MoE) in nats per token, NLL of the text, and others.
 
-    `rounding` is between the dense model and the same with rounded weights, `conversion` between
-    that and the MoE, `whole` the same at tokens that got whole groups in every layer.
+    `rounding` compares the dense model with its rounded weights, `conversion` the rounded model
+    with the MoE, `whole` the same at tokens that got whole groups in every layer.
     """
     comparison, whole_P = found.comparison, found.routing.whole_everywhere
     p, r, q = comparison.published, comparison.rounded, comparison.moe
@@ -259,11 +257,11 @@ def _in_words(
 def _judge(
     expected: Expectation, metrics: Mapping[str, float], bound: float
 ) -> tuple[str, list[str]]:
-    """Return the promise in words, and where the metrics break it."""
+    """Return the promise in words, and the failures."""
     is_exact, std = expected.promise is Promise.EXACT, expected.logit_std
     words = "" if expected.is_lossless else " up to the rounding of the scaled weights"
     detail = f"Both models compute the same function{words}."
-    # Where routers tie in float32 a group may split, so the KL is limited where groups are whole.
+    # Ties in float32 can split groups, so the limit holds for tokens with whole groups.
     limits = {"kl_mean_whole": bound, "kl_mean_picture": bound}
     if not is_exact:
         detail = (
@@ -283,7 +281,7 @@ def _judge(
     if math.isnan(metrics["kl_mean_whole"]):
         failures[0] = "no token got whole groups in every layer, so there is no mean KL to judge"
     top1 = metrics["top1_agreement_conversion"]
-    # Among few tokens a single near-tie must not decide.
+    # One near-tie among few tokens must not decide.
     disagreeing = round((1 - top1) * metrics["tokens"])
     if is_exact and expected.is_lossless and top1 < _EXACT_TOP1 and disagreeing > 1:
         failures.append(

@@ -1,7 +1,7 @@
-"""Pictures with text: do both models predict the same where the text model is inside a wrapper?
+"""Compare both models' predictions for a picture with text, if a wrapper has a vision tower.
 
-The picture is random, in the form in which a processor hands it over, and as small as the vision
-tower takes it. Random text tokens come before and after it.
+The picture is random, in the form that a processor returns, and as small as the vision tower
+allows. Random text tokens come before and after it.
 
 Legend: K compared positions, V vocabulary.
 """
@@ -18,18 +18,17 @@ from upcycle_cli.run.lazy_models import LazyModel
 from upcycle_cli.run.models import Model, source_errors, transformers_errors
 
 _BEFORE, _AFTER = 4, 12
-"""Tokens of text; the positions after the picture, and its last, are compared."""
+"""Tokens of text; the last position of the picture and all after it are compared."""
 _SIDE = 2
-"""How many merged patches make up a side, where a picture may have any size."""
+"""Merged patches per side, if a picture may have any size."""
 _CHANNELS = 3
-"""Of a picture, where no config has the number."""
+"""Channels of a picture, if no config has the number."""
 
 
 def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
-    """Return how far the predictions for a picture and text are apart: KL(dense ‖ MoE) in nats.
+    """Return KL(dense ‖ MoE) in nats for a picture with text; empty for a model of text alone.
 
-    Empty for a model that takes text alone. Raises UpcycleError when the dense model cannot be run,
-    TransformersError for the MoE.
+    Raises UpcycleError if the dense model cannot run, TransformersError for the MoE.
     """
     if getattr(dense.net.config, "vision_config", None) is None:
         return {}
@@ -73,7 +72,7 @@ def _inputs(model: Model) -> dict[str, torch.Tensor]:
 
 
 def _picture(model: Model, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Draw a picture in the form that the model takes: patches, or pixels of one size."""
+    """Return a random picture in the form that the model takes: patches or pixels."""
     base, vision = model.base_model, model.config.vision_config
     known = signature(type(base).forward).parameters
     if "image_position_ids" in known:
@@ -90,7 +89,7 @@ def _picture(model: Model, generator: torch.Generator) -> dict[str, torch.Tensor
     pixels = torch.randn(1, vision.num_channels, size, size, generator=generator)
     found = {"pixel_values": pixels}
     if "image_sizes" in signature(type(base.vision_tower).forward).parameters:
-        # Such a model takes pictures of several sizes, not only the largest.
+        # This model takes pictures of several sizes: use a small one.
         size = _SIDE * vision.patch_size * getattr(model.config, "spatial_merge_size", 1)
         found["pixel_values"] = pixels[..., :size, :size]
         found["image_sizes"] = torch.tensor([[size, size]])

@@ -1,8 +1,7 @@
-"""From `upcycle.json` back to the plan of the conversion.
+"""Make the plan of a conversion again from `upcycle.json`.
 
-The record has all options of the conversion, so the planner can decide the same directory again.
-What a plan cannot know before it has seen data (rows that were fitted to a text, an order of
-neurons from a file) stays unbound here; `unbound.py` fills it in.
+The record has all options, so the planner decides the same directory again. Values that depend on
+data (rows fitted to a text, neuron orders from a file) stay unbound; `unbound.py` fills them in.
 """
 
 from __future__ import annotations
@@ -39,28 +38,28 @@ _OTHER_KEYS = {
     **dict.fromkeys(("numpy", "plan_sha256"), str),
     "files": list,
 }
-"""Keys of a whole record that do not follow from the plan alone, and their types."""
+"""Keys of a record that do not follow from the plan, and their types."""
 
 
 class RecordError(Exception):
-    """The record is missing or cannot be read, so nothing says how the MoE was made."""
+    """The record is missing or unreadable, so nobody knows how the MoE was made."""
 
 
 class MismatchError(Exception):
-    """The record can be read, but describes no conversion of this dense model."""
+    """The record does not describe a conversion of this dense model."""
 
 
 def read_record(moe: Checkpoint) -> Record:
-    """Return the MoE's record; RecordError where it is missing or no record of this format."""
+    """Return the MoE's record; RecordError if it is missing or has another format."""
     if not moe.storage.has(RECORD_NAME):
-        raise RecordError(f"there is no {RECORD_NAME}, so nothing says how it was made")
+        raise RecordError(f"{RECORD_NAME} is missing, so its recipe is unknown")
     try:
         record = read_json(moe.storage.local(RECORD_NAME))
     except UpcycleError as error:
         raise RecordError(error.message.rstrip(".")) from error
     if record.get("format") != FORMAT:
         found = shown(record.get("format"))
-        raise RecordError(f"{RECORD_NAME}: format is {found}, and only {FORMAT} is known")
+        raise RecordError(f"{RECORD_NAME}: format is {found}, but this version reads {FORMAT}")
     if not isinstance(record.get("growth", record.get("recipe")), dict):
         raise RecordError(f"{RECORD_NAME} has no recipe")
     return record
@@ -75,9 +74,9 @@ def rebuild(
 ) -> Plan:
     """Plan the recorded conversion again.
 
-    `others` are the models that experts were made of beside `dense`. Raises RecordError for a
-    record that lacks something, MismatchError where it cannot be a record of this conversion, and
-    UpcycleError where the user gave other models or files than the record names.
+    `others` are the models beside `dense` that experts were made of. Raises RecordError for an
+    incomplete record, MismatchError for a record of another conversion, and UpcycleError if the
+    user gave other models or files than the record names.
     """
     given = replace(given or Inputs(), complete=False)
     make = _growth if "growth" in record else _upcycling
@@ -90,7 +89,7 @@ def rebuild(
             made = plan(replace(options, expert_layout=stored))
     except UpcycleError as error:
         if given.rows is not None and error.message.startswith(str(given.rows.path)):
-            raise  # the user gave another file, and the MoE may be right
+            raise  # the user gave another file; the MoE may be right
         raise MismatchError(error.message) from error
     missing = [key for key in described(made) if key not in record]
     missing += [key for key, kind in _OTHER_KEYS.items() if not isinstance(record.get(key), kind)]
@@ -104,11 +103,11 @@ def rebuild(
 def _made(kind: type[_Made], held: Record, more: Collection[str] = ()) -> _Made:
     """Return a recorded recipe, growth or options; RecordError for unknown or unusable fields.
 
-    `more` are the fields that only the record has.
+    Only the record has the fields `more`.
     """
     values = {key: value for key, value in held.items() if key not in more}
     if unknown := values.keys() - {field.name for field in fields(kind)}:
-        raise RecordError(f"{RECORD_NAME}: {min(unknown)} is unknown to this version")
+        raise RecordError(f"{RECORD_NAME}: this version does not know {min(unknown)}")
     try:
         return kind(**values)
     except (UpcycleError, TypeError, ValueError, ArithmeticError) as error:
@@ -126,13 +125,13 @@ def _growth(
         first = shell_line(["upcycle", "verify", str(dense.path), name])
         second = shell_line(["upcycle", "verify", name, str(moe.path)])
         raise UpcycleError(
-            f"{moe.path} was not made from a dense model: it has grown from the MoE {name}, says "
-            f"its {RECORD_NAME}.",
-            f"Verify each step, with that MoE's directory: {first} && {second}",
+            f"{moe.path} was not made from a dense model: it grew from the MoE {name} (see its "
+            f"{RECORD_NAME}).",
+            f"Verify each step: {first} && {second}",
         )
     if others or given != Inputs(complete=False):
         raise UpcycleError(
-            "an MoE grows from one model, with that model's routers.",
+            "an MoE grows from one model and keeps its routers.",
             "Leave out `experts_from`, `router_init` and `calibration`.",
         )
     more = {"routing", "source_num_experts", "source_top_k"}
@@ -151,7 +150,7 @@ def _upcycling(
     merge = _merge(record, others)
     if given.rows is not None and recipe.router_init is not RouterInit.FILE:
         raise UpcycleError(
-            f"the routers of this MoE were not given in a file, says its {RECORD_NAME}.",
+            f"{RECORD_NAME} says that the routers of this MoE do not come from a file.",
             "Leave out `router_init`.",
         )
     inputs = replace(given, text=_text(record, given.text))
@@ -163,14 +162,14 @@ def _upcycling(
 def _text(
     record: Record, given: CalibrationText | Prompts | None
 ) -> CalibrationText | Prompts | None:
-    """Return the text of the recorded calibration, None where it is not at hand.
+    """Return the text of the recorded calibration, None if it is not at hand.
 
-    Raises UpcycleError where the user gave another text than the recorded one.
+    Raises UpcycleError if the user gave another text.
     """
     held = record.get("calibration")
     if not isinstance(held, dict):
         if given is not None:
-            raise UpcycleError(f"{RECORD_NAME} records no calibration.", "Leave out `calibration`.")
+            raise UpcycleError(f"{RECORD_NAME} has no calibration.", "Leave out `calibration`.")
         return None
     text = given or calibration_text(BUILTIN)
     if text.digest == held.get("text_sha256"):
@@ -178,7 +177,7 @@ def _text(
     if given is None:
         return None
     raise UpcycleError(
-        f"{given.name} is not the text of the calibration: {RECORD_NAME} names "
+        f"{given.name} is not the text of the calibration: {RECORD_NAME} has "
         f"{shown(held.get('text'))} with another SHA-256.",
         "Give the file that the conversion was calibrated on.",
     )
@@ -203,7 +202,7 @@ def _merge(record: Record, others: Sequence[Checkpoint]) -> Merge | None:
     except (KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{RECORD_NAME}: experts_from is incomplete") from error
     raise UpcycleError(
-        f"{RECORD_NAME} says that experts were made of several models, and only one is given.",
+        f"{RECORD_NAME} says that the experts come from several models, but only one is given.",
         f"Name the others with `experts_from`: {names}.",
     )
 
@@ -215,8 +214,8 @@ def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Ch
         fits = next((each for each in left if _is_recorded(each, model)), None)
         if fits is None:
             raise UpcycleError(
-                f"none of the given models is {shown(model['name'])}, of which experts were "
-                f"made: their config or weights differ from what {RECORD_NAME} records.",
+                f"none of the given models is {shown(model['name'])}, which gave experts: their "
+                f"config or weights differ from {RECORD_NAME}.",
                 "Name each model with `experts_from`.",
             )
         left.remove(fits)
@@ -227,11 +226,13 @@ def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Ch
 
 
 def _not_of(model: Checkpoint) -> UpcycleError:
-    return UpcycleError(f"no expert is made of {model.path}, says {RECORD_NAME}.", "Leave it out.")
+    return UpcycleError(
+        f"{RECORD_NAME} says that no expert comes from {model.path}.", "Leave it out."
+    )
 
 
 def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
-    """Whether a model has the recorded config, headers and sample of its weights."""
+    """Whether a model has the recorded config, headers and weight sample."""
     name, held = recorded["sample"]["tensor"], model.origin
     if any(recorded[key] != held[key] for key in ("config_sha256", "files")):
         return False
@@ -242,7 +243,7 @@ def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
 
 
 def is_fitted(plan: Plan) -> bool:
-    """Whether only another run of the calibration proves what the plan leaves unbound."""
+    """Whether only another calibration can prove the unbound values of a plan."""
     if plan.growing is not None:
         return False
     recipe = plan.recipe
@@ -251,19 +252,19 @@ def is_fitted(plan: Plan) -> bool:
 
 
 def why_unproven(plan: Plan) -> str | None:
-    """Return which input is missing that could prove what the plan leaves unbound, if any."""
+    """Return which missing input could prove the unbound values of a plan, if any."""
     init = None if plan.growing is not None else plan.recipe.router_init
     if init is RouterInit.FILE and plan.inputs.rows is None:
         return "the file of the router rows is not given (`router_init`)"
     if init is RouterInit.PROMPTS:
-        return "router rows were made of prompts, which are not at hand"
+        return "the prompts that made the router rows are not recorded"
     if is_fitted(plan) and plan.inputs.text is None:
         return "the text of the calibration is not given (`calibration`)"
     return None
 
 
 def expectation(plan: Plan) -> Expectation:
-    """Return what the check `outputs` holds the MoE to, as plain values."""
+    """Return the limits of the check `outputs` for a plan, as plain values."""
     from upcycle_cli.verification.outputs import Expectation
 
     expected = Expectation(

@@ -1,7 +1,7 @@
-"""What the routers of an MoE choose, and whether each token gets whole virtual groups.
+"""Observe what the routers of an MoE choose, and whether tokens get whole virtual groups.
 
-All experts of a group have the same logit for every token. Where the logits of two groups tie, a
-token may get parts of both groups.
+All experts of a group have the same logit for a token. If two groups tie, the token may get parts
+of both.
 
 Legend: S tokens, N experts, T top-k, E groups.
 """
@@ -22,12 +22,12 @@ from upcycle_cli.run.models import Model
 
 @dataclass
 class ObservedRouting:
-    """What the routers of all layers chose, by layer."""
+    """The choices of the routers, by layer."""
 
     whole: dict[int, torch.Tensor] = field(default_factory=dict)
     """Which tokens got whole groups only (S,)."""
     measures: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The fields of `LayerMeasure` that are about the router."""
+    """The router's fields of `LayerMeasure`."""
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -38,9 +38,9 @@ class ObservedRouting:
 
 @contextmanager
 def observed_routers(moe: LazyModel, tokens: int, group_size: int) -> Iterator[ObservedRouting]:
-    """Note what the routers choose for the first `tokens` they see while the model runs.
+    """Note what the routers choose for the first `tokens` while the model runs.
 
-    Tokens after those were added to measure experts.
+    The tokens after them are only there to measure experts.
     """
     found, experts = ObservedRouting(), moe.experts
     assert experts is not None

@@ -1,8 +1,8 @@
-"""Both models run side by side, layer by layer, and what is measured on the way.
+"""Run both models side by side, layer by layer, and measure each layer.
 
-The dense model runs as it was published and, where the MoE's dtypes are narrower, once more with
-its weights rounded to them, so that rounding and conversion are measured apart. All
-models wait for each other after every layer, so nothing of an earlier layer is kept.
+If the MoE's dtypes are narrower, the dense model runs a second time with its weights rounded to
+them, so that rounding and conversion are measured separately. All models wait for each other after
+every layer, so nothing of an earlier layer is kept.
 
 Legend: P positions, K sampled positions, H hidden size.
 """
@@ -34,7 +34,7 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class Found:
-    """What running the models showed."""
+    """The result of running the models."""
 
     comparison: Comparison
     layers: tuple[LayerMeasure, ...]
@@ -42,9 +42,9 @@ class Found:
 
 
 def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
-    """Return the dtype that each dense weight has in the MoE; None where no weight is rounded.
+    """Return the dtype that each dense weight has in the MoE; None if no weight is rounded.
 
-    Weights of an MLP have other names in the MoE: they have the dtype of its matrices.
+    MLP weights have other names in the MoE, so they get the dtype of its matrices.
     """
     count: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for entry in moe.checkpoint.tensors.values():

@@ -1,7 +1,7 @@
-"""Values that a plan leaves unbound until it sees data: router rows, and orders of neurons.
+"""Read the values that a plan leaves unbound from the MoE: router rows and neuron orders.
 
-They are read from the MoE itself and checked. Rows must be usable and the same within a virtual
-group; an order must be a permutation, found by hashing the neurons on both sides.
+Rows must be usable and equal within a virtual group. An order must be a permutation, which is
+found by hashing the neurons of both models.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_unbound(expr: ex.Expr) -> bool:
 
 
 class _Neurons:
-    """Hashes of the neurons of one group, by the part of the MLP: as held, and as wanted."""
+    """Hashes of the neurons of one group by the part of the MLP: of the MoE, and as wanted."""
 
     def __init__(self, size: int) -> None:
         self.held: dict[str, Hashes] = {}
@@ -50,23 +50,23 @@ class _Neurons:
         self.seen = np.zeros(size, np.bool_)
 
     def note(self, part: str, start: int, held: Hashes, wanted: Hashes) -> None:
-        """Note the neurons held from place `start` on; `wanted` are all of the dense MLP's."""
+        """Note the neurons from place `start` on; `wanted` are all neurons of the dense MLP."""
         places = slice(start, start + len(held))
         self.held.setdefault(part, np.zeros_like(wanted))[places] = held
         self.wanted.setdefault(part, wanted)
         self.seen[places] = True
 
     def order(self, first: NDArray[np.intp] | None) -> NDArray[np.intp] | None:
-        """Return by place the dense neuron that is there; None where no part has an order.
+        """Return the dense neuron at each place; None if no part has an order.
 
-        Places that are not seen are a shared expert's, and as in the `first` group.
+        Places that were not seen belong to a shared expert, and are as in the `first` group.
         """
         if first is None and not self.seen.all():
             return None
         order = np.zeros(len(self.seen), np.intp) if first is None else first.copy()
         left = np.ones(len(self.seen), np.bool_)
         left[order[~self.seen]] = False
-        # All parts together tell twins apart; of a damaged part the others still tell the order.
+        # All parts together distinguish twins. If one part is damaged, the others give the order.
         for count in range(len(self.held), 0, -1):
             for parts in combinations(self.held, count):
                 held = np.sum([self.held[part] for part in parts], axis=0)[self.seen]
@@ -80,10 +80,10 @@ class _Neurons:
 
 
 class Unbound:
-    """The values that a plan leaves unbound, as they are found tensor by tensor.
+    """Collects unbound values tensor by tensor.
 
-    `fitted` has, by layer, what the calibration found when it was run again; empty without one.
-    `recorded` has the SHA-256 of routers by their names, as convert wrote them.
+    `fitted` has the result of another calibration by layer, or is empty. `recorded` has the SHA-256
+    of each router as convert wrote it.
     """
 
     def __init__(

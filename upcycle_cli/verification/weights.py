@@ -1,8 +1,8 @@
-"""The check `weights`: each tensor of the MoE holds the value of its expression in the plan.
+"""The check `weights`: compare every tensor of the MoE with its expression in the plan.
 
 Equal expressions are evaluated once and compared with all their places. Memory is bounded by the
-largest value that is evaluated; the files are mapped, and their pages are released as it goes.
-Copies that share their extents on the disk are read once.
+largest value: files are mapped, and their pages are released on the way. Copies that share extents
+on the disk are read once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from upcycle_cli.write.evaluate import evaluate_together
 from upcycle_cli.write.file_layout import bundles
 
 NAME = "weights"
-_THREADS = 4  # a disk answers several questions at once
+_THREADS = 4  # a disk serves several reads at once
 _STEP_BYTES = 8 << 20
 _RELEASE_BYTES = 1 << 30
 _MADV_POPULATE_READ = 22 if sys.platform == "linux" else mmap.MADV_WILLNEED  # since Linux 5.14
@@ -44,11 +44,11 @@ def check_weights(
     fitted: Calibration | None = None,
     recorded: Mapping[str, str] | None = None,
 ) -> CheckResult:
-    """Compare every tensor with the plan's; the sources' files must be here.
+    """Compare every tensor with the plan; the sources' files must be local.
 
-    Router rows that were fitted to a text must be those of `fitted`. Without it they are fitted
-    again, if the text is at hand. No two machines fit exactly the same rows, so those that a plan
-    leaves unbound must also have the SHA-256 that is `recorded` for their tensor, if any is.
+    Router rows that were fitted to a text must equal the rows of `fitted`, or of another fit if the
+    text is at hand. Machines fit slightly different rows, so unbound rows must also have the
+    `recorded` SHA-256 of their tensor.
     """
     findings, notes, strange = Findings(), list[str](), list[str]()
     tensors, widened = _matched(plan, moe, findings)
@@ -74,13 +74,13 @@ def check_weights(
             {name: _leaves(expr, name in widened) for name, expr in compared.items()}
         )
         words = explain(plan, moe, differing, exprs, source, held)
-        if not any(each.startswith(TRAINED) for each in words):  # which explains these as well
+        if not any(each.startswith(TRAINED) for each in words):  # training explains them as well
             findings.add(*strange)
         findings.add(*words)
     if widened:
-        notes.append(f"{len(widened)} tensors are stored wider than planned, without loss.")
+        notes.append(f"{len(widened)} tensors have a wider dtype than planned, without loss.")
     if unbound.orders:
-        notes.append(f"{len(unbound.orders)} orders of neurons were found by their weights.")
+        notes.append(f"{len(unbound.orders)} neuron orders were found from the weights.")
     if skipped := len(tensors) - len(compared):
         notes.append(f"{skipped} tensors could not be compared.")
         unproven = unproven or unbound.why_unbound
@@ -89,10 +89,10 @@ def check_weights(
         "bytes": sum(moe.tensors[name].nbytes for name in compared),
     }
     if fitted is not None and is_fitted(plan):
-        notes.append("What was fitted to the text was compared with another run.")
+        notes.append("Values that were fitted to the text equal another calibration's.")
     passed = f"All {len(compared):,} tensors are, bit for bit, what convert writes."
     if unproven is not None:
-        passed = f"Nothing differs, but not everything is proven: {unproven}."
+        passed = f"No tensor differs, but not everything is proven: {unproven}."
     found = findings.result(NAME, passed, metrics, " ".join(notes))
     is_measured = unproven is not None and not findings
     return replace(found, status=Status.MEASURED) if is_measured else found
@@ -101,7 +101,7 @@ def check_weights(
 def _matched(
     plan: Plan, moe: Checkpoint, findings: Findings
 ) -> tuple[list[OutputTensor], set[str]]:
-    """Return the tensors that can be compared, and the names of those that are stored wider."""
+    """Return the tensors to compare, and the names of tensors with a wider dtype."""
     wanted = {tensor.name: tensor for tensor in plan.tensors}
     found, widened = list[OutputTensor](), set[str]()
     findings.add(*(f"{name} is missing" for name in wanted if name not in moe.tensors))
@@ -198,14 +198,14 @@ class _Scan:
 
 
 def _populate(address: int, nbytes: int) -> None:
-    """Have the pages of a mapped range there in one step instead of one for each."""
+    """Read the pages of a mapped range in one step instead of one by one."""
     start = address // mmap.PAGESIZE * mmap.PAGESIZE
     _libc().madvise(start, address + nbytes - start, _MADV_POPULATE_READ)
 
 
 @cache
 def _libc() -> ctypes.CDLL:
-    """Return the C library, whose functions ctypes calls without the interpreter's lock."""
+    """Return the C library; ctypes calls it without the interpreter's lock."""
     libc = ctypes.CDLL(None)
     libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
