@@ -96,6 +96,8 @@ def test_measure_factors_and_drift(
     for part, factor in found.factors.items():
         assert factor == pytest.approx(getattr(done.plan.factors, part), rel=0.1 if moved else 1e-9)
     assert found.movement is not None
+    if not others:
+        assert found.diverged == (found.num_experts if moved or unlike else 0)
     for layer in found.movement:
         assert layer.unlike == unlike
         assert layer.models == tuple(g % len(sources) for g in range(recipe["expansion"]))

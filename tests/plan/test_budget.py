@@ -63,8 +63,6 @@ def test_list_the_recipes_that_fit(llama: Path) -> None:
     assert {"E64G1T1", "E32G1T1"} <= fits(max_params=limit).keys()
     assert "E64G1T1" not in fits(max_params=limit - 1)
     assert all(fit.active_parameters <= active for fit in fits(max_active=active).values())
-    assert fits(gpu_bytes=2 * limit)["E64G1T1"].trains is False
-    assert fits(gpu_bytes=16 * limit)["E64G1T1"].trains is True
     with pytest.raises(UpcycleError, match="no recipe fits: the smallest, E2G1T1, has"):
         fits(max_params=1000)
 

@@ -256,7 +256,7 @@ def test_inherit_no_licence_that_differs(models: list[Path], tmp_path: Path) -> 
     assert "license" not in yaml.safe_load((tmp_path / "moe/README.md").read_text().split("---")[1])
     assert any("cc-by-nc-4.0" in note for note in done.plan.card_metadata.notes)
     card = (tmp_path / "moe/README.md").read_text()
-    assert f"made from `{models[0].name}` and `other` by copying their MLPs" in card
+    assert f"made from `{models[0].name}` and `other` with upcycle: their MLPs" in card
     assert f"| experts from | groups of {models[0].name}: 0; of other: 1 |" in card
     same = merged(models[:2], tmp_path / "same")
     assert same.plan.card_metadata.values["license"] == "apache-2.0"

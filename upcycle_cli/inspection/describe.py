@@ -78,7 +78,8 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
     if inspection.kind == "moe":
         yield "made from", [_record_text(inspection.record)]
     if inspection.weights is not None:
-        yield from _weight_rows(inspection.weights, inspection.num_experts)
+        merged = "experts_from" in (inspection.record or ())
+        yield from _weight_rows(inspection.weights, inspection.num_experts, merged=merged)
     if inspection.load is not None:
         yield from _load_rows(inspection.load)
     if inspection.num_experts is not None:
@@ -141,8 +142,8 @@ def _record_text(record: Mapping[str, Any] | None) -> str:
         return "unknown: upcycle.json is of another version"
 
 
-def _weight_rows(weights: WeightFacts, num_experts: int | None) -> Iterator[Row]:
-    if len(weights.sources) < 2:  # groups of different models are no copies
+def _weight_rows(weights: WeightFacts, num_experts: int | None, *, merged: bool) -> Iterator[Row]:
+    if not merged and len(weights.sources) < 2:  # experts of different models are not copies
         yield "copies", [_copies_text(weights, num_experts)]
     if weights.movement is None:
         rows = f"the same in each group of {weights.granularity} experts"
