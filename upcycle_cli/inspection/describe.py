@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.plan import Plan
 
 _MAX_LAYERS = 8
-"""More layers with idle experts are counted, not named; --json and --report have all."""
+"""More layers with idle experts are counted, not named; JSON and reports have all."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -29,7 +29,7 @@ class Family(Compact):
 
     @property
     def choice(self) -> str:
-        """The value of --target."""
+        """The value of `target`."""
         return SHIPPED if self.target.ships_code else self.target.model_type
 
     @property

@@ -27,7 +27,7 @@ GROWABLE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "glm4_moe", "olmoe", "flex_olmo"),
     *("deepseek_v3", "dots1", "solar_open"),
 )
-"""The MoE types that --expand supports: it replaces experts, routers and a few config keys."""
+"""The MoE types that can be grown: it replaces experts, routers and a few config keys."""
 
 
 def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
@@ -69,7 +69,7 @@ def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> Dense
 
 
 def targets_of(family: DenseFamily) -> tuple[str, ...]:
-    """Return the --target values of a family; the one that most software loads comes first."""
+    """Return the targets of a family; the one that most software loads comes first."""
     return (*family.targets, *((SHIPPED,) if family.can_ship_code else ()))
 
 

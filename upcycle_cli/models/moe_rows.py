@@ -358,4 +358,4 @@ GROW_ONLY: Mapping[str, Target] = {
         **_OLMO | {"routings": _EITHER_SOFTMAX[::-1]},
     )
 }
-"""MoE types that no dense model becomes, but that --expand supports."""
+"""MoE types that no dense model becomes, but that can be grown."""

@@ -26,7 +26,7 @@ class TargetFacts:
     """The properties of a target, in general or for one model."""
 
     name: str
-    """The value of --target."""
+    """The value of `target`."""
     routings: tuple[Routing, ...] = ()
     """The first is the default."""
     layers: str = ""

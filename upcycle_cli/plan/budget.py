@@ -54,7 +54,7 @@ class SizedRecipe:
 
     recipe: Recipe
     target: str
-    """The target that the sizes are for, as --target has it."""
+    """The target that the sizes are for."""
     total_parameters: int
     active_parameters: int
     flops_per_token: int
@@ -167,7 +167,10 @@ def suggestion(fits: Sequence[SizedRecipe]) -> tuple[SizedRecipe, str] | None:
     if best.warnings:
         reason = "Every recipe that fits has a warning, and this is the best of them."
     elif best.recipe.routing is Routing.SOFTMAX_TOPK:
-        reason += "; in our study of a tiny model only with topk-softmax routing."
+        reason += (
+            ". In our study of a tiny model they did so with topk-softmax, but not with "
+            "softmax-topk and its default router logits (std 0.001)."
+        )
     else:
         reason += " and in our study of a tiny model, but not in that study at equal FLOPs."
     return None if best.trains is False else (best, reason)

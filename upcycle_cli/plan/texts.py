@@ -173,7 +173,7 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any value
 
 
 def place_of(value: object, path: Path, key: str = "source_model") -> str:
-    """Return a model of a mergekit file in the form of `--experts-from`; raises UpcycleError."""
+    """Return a model of a mergekit file in the form of `experts_from`; raises UpcycleError."""
     held: Any = value
     if isinstance(held, dict):
         if odd := [name for name in held if name != "model" and held[name] is not None]:
