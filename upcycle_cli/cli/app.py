@@ -91,7 +91,8 @@ def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
         return f"there is no option {error.option_name}. {did_you_mean(error.option_name, flags)}"
     if match := re.match("No such command '(.*?)'", words):
         return f"there is no command {match[1]}. {did_you_mean(match[1], _COMMANDS)}"
-    return re.sub(r", unable to parse .*", ".", words)  # pydantic's words
+    pattern = r"Invalid value for '([^']+)'.*: Input should be a valid (\w+).*"  # pydantic's words
+    return re.sub(pattern, r"\1 must be a valid \2.", words)
 
 
 app = typer.Typer(
