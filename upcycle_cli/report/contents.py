@@ -72,8 +72,9 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
     heading = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
     weights, record = inspection.weights, inspection.record or {}
     rows = {label: "; ".join(lines) for label, lines in inspection_rows(inspection)}
-    found = [f"{key}: {rows[key]}." for key in ("copies", "moved") if key in rows]
-    words = " ".join(each.capitalize() for each in found)
+    copies, moved = (rows.get(key) for key in ("copies", "moved"))
+    words = f"{copies[0].upper()}{copies[1:]}. " if copies else ""
+    words += f"Experts moved {moved}. " if moved else ""
     facts = Table(caption="Facts", rows=[*rows.items()])
     parts = (
         Section(key="facts", title="Checkpoint", tables=[facts]),
@@ -87,7 +88,7 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
         title=f"{heading} (upcycle inspect)",
         kind="Inspection of a Mixture of Experts",
         heading=heading,
-        verdict=f"{words} `upcycle verify` compares the MoE with its dense model.".strip(),
+        verdict=f"{words}Use upcycle verify to compare the MoE with its dense model.",
         facts=_facts(inspection) | _versions("upcycle-cli"),
     )
 

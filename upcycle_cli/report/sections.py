@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice, pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.storage import RECORD_NAME
@@ -56,7 +57,7 @@ def recipe_section(record: Mapping[str, Any]) -> Section:
     if not values:
         words = f"This MoE has no readable {RECORD_NAME}, so its recipe is unknown."
         return Section(key="recipe", title=title, words=[words])
-    caption = f"What {RECORD_NAME} says, without defaults and factors of 1"
+    caption = f"From {RECORD_NAME}, without defaults"
     return Section(key="recipe", title=title, tables=[properties(values, caption)])
 
 
@@ -189,26 +190,23 @@ def _relative(load: Sequence[int], experts: int) -> list[float]:
 
 def texts_section(texts: Sequence[TextMeasure]) -> Section | None:
     """Return the texts with the KL of each token, None without any."""
-    values = sorted(kl for text in texts for kl in text.kl if kl is not None)
+    values = [kl for text in texts for kl in text.kl if kl is not None]
     if not values:
         return None
-    shares = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "largest": 1.0}
-    quantiles = ", ".join(
-        f"{name} {values[min(len(values) - 1, int(share * len(values)))]:.3g}"
-        for name, share in shares.items()
-    )
-    zeros, infinite = sum(v <= 0 for v in values), sum(kl is None for t in texts for kl in t.kl)
+    tokens = counted(len(values), "token")
     words = (
         "KL(dense ‖ MoE) measures how much both models' predictions of the next token differ: 0 if "
-        "they are equal; below 1e-8 it is rounding. Texts without a marked token are closed."
+        f"they are equal; below {_LEVELS[0]:g} it is rounding. Over {tokens} its median is "
+        f"{median(values):.3g}, its maximum {max(values):.3g}. Texts without a marked token are "
+        "closed."
     )
-    found = f"{counted(len(values), 'token')}: {quantiles}; exactly 0 at {zeros:,}"
-    found += f"; not finite at {infinite:,}." if infinite else "."
+    if infinite := sum(kl is None for text in texts for kl in text.kl):
+        words += f" It is not finite at {counted(infinite, 'token')}."
     edges = [f"{a:g} to {b:g}" for a, b in pairwise(_LEVELS)]
     return Section(
         key="kl",
         title="Predictions, token by token",
-        words=[words, found],
+        words=[words],
         legend=[f"KL below {_LEVELS[0]:g}", *edges, f"{_LEVELS[-1]:g} or more"],
         texts=list(_marked(texts)),
     )
