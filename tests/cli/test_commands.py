@@ -414,10 +414,9 @@ def test_demo(tmp_path: Path, run_cli: RunCli) -> None:
     assert "$ upcycle convert" in done.stderr
     assert "passed" in done.stdout
     assert "note:" not in done.stderr
-    dense = tmp_path / "demo" / "dense"
-    config, tokenizer = read_json(dense / "config.json"), AutoTokenizer.from_pretrained(dense)
-    assert config["vocab_size"] == len(tokenizer)
-    for token in ("bos_token", "eos_token", "pad_token"):
-        assert config[f"{token}_id"] == getattr(tokenizer, f"{token}_id")
+    config = read_json(tmp_path / "demo" / "moe" / "config.json")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "demo" / "moe")
+    assert (config["num_local_experts"], config["vocab_size"]) == (8, len(tokenizer))
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [0, 1, 2]
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<s>", "</s>", "<pad>"]
     assert tokenizer.decode(tokenizer("Two words")["input_ids"]) == "Two words"
-    assert read_json(tmp_path / "demo" / "moe" / "config.json")["num_local_experts"] == 8

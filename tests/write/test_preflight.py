@@ -86,13 +86,9 @@ def test_outputs_that_cannot_be_made(
     refuses(llama, "current directory", output=tmp_path / "here", arguments=overwrite)
 
 
-NOT_UTF8 = "x\udcff"
-
-
 def test_paths_that_are_not_utf8(llama: Path, tmp_path: Path) -> None:
-    dense, moe = (tmp_path / f"{name}{NOT_UTF8}" for name in ("dense", "moe"))
-    clone(llama, dense)
-    config = tmp_path / f"c{NOT_UTF8}.toml"
+    dense, moe = clone(llama, tmp_path / "densex\udcff"), tmp_path / "moex\udcff"
+    config = tmp_path / "cx\udcff.toml"
     config.write_text('recipe = "E2G2T2"\n')
     done = invoke("convert", dense, moe, "--config", config, "--json")
     assert done.exit_code == 0, done.output

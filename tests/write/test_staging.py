@@ -164,7 +164,6 @@ def test_a_sealed_partial_is_published_by_the_next_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A run can be killed between the sealing and the renaming."""
-
     output, rename = tmp_path / "sealed", Path.rename
 
     def refuse(path: Path, target: Path) -> Path:
