@@ -18,7 +18,7 @@ def shown(value: object) -> str:
 
 
 class UpcycleError(Exception):
-    """Something that the user can fix: what is wrong and where, and what to do about it."""
+    """Something that the caller can fix: `message` says what is wrong, `hint` what to do."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)  # both, so that another process can unpickle it
