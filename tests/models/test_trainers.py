@@ -19,11 +19,7 @@ from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import trainers  # noqa: E402
 from upcycle_cli.models.lookup import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
-from upcycle_cli.models.wrappers import (  # noqa: E402
-    IN_MEMORY_PREFIXES,
-    WRAPPERS,
-    Inside,
-)
+from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside  # noqa: E402
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 REFERENCE = TESTS.parent / "docs" / "reference"
