@@ -21,10 +21,11 @@ _SHOWN_BY_THE_HUB = ("downloading", "pushing")
 
 
 class Display(Progress):
-    """Notes the current step and how much of it is done; shows it as a bar, given `bars`."""
+    """Notes the current step and how much of it is done; shows a bar if it has `bars`."""
 
-    def __init__(self, bars: Bars | None = None) -> None:
-        self.bars, self.total, self.written = bars, 0, 0
+    def __init__(self) -> None:
+        self.bars: Bars | None = None
+        self.total = self.written = 0
         self.ends()
 
     def ends(self) -> None:
@@ -80,25 +81,19 @@ def print_lines(display: Display, ended: Event) -> None:
 @contextmanager
 def progress_bar(*, silent: bool) -> Iterator[Display]:
     """Show the progress of the steps that begin, until the context ends."""
-    console = stderr()
-    if silent or not console.is_terminal:
-        display, ended = Display(), Event()
-        # A thread, since a download, an upload or a large layer reports nothing while it runs.
-        thread = Thread(target=print_lines, args=(display, ended), daemon=True)
-        if not silent:
-            thread.start()
-        try:
-            yield display
-        finally:
-            ended.set()
-    else:
+    console, display, ended = stderr(), Display(), Event()
+    if console.is_terminal and not silent:
         import rich.progress as bars
 
         name = bars.TextColumn("{task.description}", markup=False)
         amount = bars.TextColumn("{task.fields[amount]}", markup=False)
         columns = (name, bars.BarColumn(), amount, bars.TimeRemainingColumn())
-        display = Display(bars.Progress(*columns, console=console, transient=True))
-        try:
-            yield display
-        finally:
-            display.ends()
+        display.bars = bars.Progress(*columns, console=console, transient=True)
+    elif not silent:
+        # A thread, since a download, an upload or a large layer reports nothing while it runs.
+        Thread(target=print_lines, args=(display, ended), daemon=True).start()
+    try:
+        yield display
+    finally:
+        ended.set()
+        display.ends()

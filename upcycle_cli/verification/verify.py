@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +90,7 @@ def verify(  # noqa: PLR0913 - options, by name
     reuse_freed_memory()
     try:
         # Check before downloading gigabytes.
-        try:
-            grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
-        except _DamageError as error:
-            return _damaged(selected, error, (places[0].path, places[1].path))
+        grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
         names = tuple(places[1].names())
         if not all(place.is_local for place in (*places, *others)):
             watch.begins("downloading")
@@ -102,7 +99,10 @@ def verify(  # noqa: PLR0913 - options, by name
         try:
             converted = open_checkpoint(paths[1])
         except UpcycleError as error:
-            return _damaged(selected, error, paths)
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from None
+            return replace(_damaged(selected, error), paths=paths)
         case = _Case(source, converted, names, texts, watch, fitted)
         case.rebuild(more, given)
         return Report(
@@ -202,23 +202,12 @@ def _skipped(name: str, detail: str) -> CheckResult:
     return CheckResult(name=name, status=Status.SKIPPED, detail=detail)
 
 
-class _DamageError(UpcycleError):
-    """The MoE's config.json cannot be read, which is a finding."""
-
-
-def _damaged(selected: Sequence[str], error: UpcycleError, paths: tuple[Path, Path]) -> Report:
-    """Return the report on an MoE that cannot be opened: the first check fails.
-
-    Raises OSError where the system refuses to read a file.
-    """
-    cause = error.__cause__
-    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-        raise cause from None
+def _damaged(selected: Sequence[str], error: UpcycleError) -> Report:
+    """Return the report on an MoE that cannot be opened: the first check fails."""
     first, *others = selected
     failed = Findings([error.message]).result(first, "", note="The MoE cannot be read.")
     reason = f"Not run: the MoE cannot be read (see {first})."
-    checks = (failed, *(_skipped(name, reason) for name in others))
-    return Report(checks=checks, paths=paths)
+    return Report(checks=(failed, *(_skipped(name, reason) for name in others)))
 
 
 # The user's models --------------------------------------------------------------------------------
@@ -229,8 +218,8 @@ def _check_kinds(moe: Path, sources: Sequence[Path]) -> bool:
     _require_config(moe, "MoE")
     try:
         config = read_json(Storage(moe).local(CONFIG_NAME))
-    except UpcycleError as error:
-        raise _DamageError(error.message) from error.__cause__
+    except UpcycleError:
+        return False  # opening the MoE will say what is wrong
     if not is_target(config):
         order = " The dense model comes first: upcycle verify DENSE MOE."
         raise _wrong_kind(moe, config, "an MoE that upcycle makes", is_known(config) * order)
