@@ -132,7 +132,7 @@ def test_the_makefile(pipeline: tuple[Hub, dict[str, str]], tmp_path: Path) -> N
     assert json.loads((work / "build" / "my-model-E8G1T2.json").read_text())["status"] == "passed"
     again = run_example(["make", "push"], work, environment)
     assert "upcycle convert" not in again
-    assert "nothing: the repo has all" in again
+    assert "nothing: all" in again
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")

@@ -259,7 +259,7 @@ class Reader:
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def _find(self, name: str) -> tuple[Checkpoint, TensorEntry]:
-        # A single checkpoint can have any names, also those of `tensor_of`.
+        # A single checkpoint can have any names, even names like `tensor_of`'s.
         model, own = (0, name) if len(self._checkpoints) == 1 else model_of(name)
         checkpoint = self._checkpoints[model]
         return checkpoint, checkpoint.tensors[own]

@@ -90,7 +90,7 @@ def download_model(storage: Storage) -> Path:
         try:
             names = open_storage(storage).files
         except UpcycleError:
-            # Whoever opens the directory reports what is wrong with it.
+            # Opening the directory later reports the error.
             names = storage.matching([CONFIG_NAME, "*.safetensors", *COMPANIONS])
         storage.download([*names, *storage.matching(_FILES_FOR_VERIFY)])
     return storage.path

@@ -1,6 +1,6 @@
 """What the licence of a source requires from people who publish a model made from it.
 
-`licences.json` has those with rules about names or cards: reminders, not legal advice. Sources:
+`licences.json` has licences with rules about names or cards: reminders, not legal advice. Sources:
 llama.com/llama3/license, llama.com/llama3_1/license and later ones (section 1.b),
 ai.meta.com/llama/license (Llama 2, section 1.b), ai.google.dev/gemma/terms (section 3.1).
 """

@@ -80,7 +80,7 @@ class Push(Result):
         if self.pull_request is not None:
             rows.append(("pull request", [self.pull_request]))
         what = f"{counted(self.files, 'file')}, {size_text(self.nbytes)}"
-        rows.append(("uploaded", [what if self.changed else f"nothing: the repo has all {what}"]))
+        rows.append(("uploaded", [what if self.changed else f"nothing: all {what} were there"]))
         if self.card_kept:
             words = "README.md was edited there and is kept (`replace_card=True` replaces it)"
             rows.append(("card", [words]))
@@ -204,8 +204,8 @@ def _check_complete(directory: Path) -> Inventory:
     if not (directory / RECORD_NAME).is_file():
         raise UpcycleError(
             f"{directory} is not a finished output of upcycle: it has no {RECORD_NAME}.",
-            "Finish an unfinished conversion by the same `upcycle convert`. To upload any other "
-            f"directory: hf upload REPO {directory}",
+            "If a conversion was interrupted, run the same `upcycle convert` again. To upload any "
+            f"other directory: hf upload REPO {directory}",
         )
     found = take_inventory(directory)
     if failures := found.failures or [*checksum_failures(directory)]:
@@ -213,7 +213,7 @@ def _check_complete(directory: Path) -> Inventory:
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",
             f"{listed}\nConvert again with `overwrite=True`. If you trained the model, its card "
-            "and record do not describe it any more: upload it with `hf upload`.",
+            "and record no longer describe it: upload it with `hf upload`.",
         )
     return found
 
@@ -292,5 +292,5 @@ def _commit(
         client.retry(api.whoami)  # raises a clearer error if the Hub is not reachable
         raise UpcycleError(
             f"uploading to {destination.repo} failed: {client.error_text(error)}.",
-            "Nothing was published. The same command continues from what was uploaded.",
+            "Nothing was published. The same command continues where this one stopped.",
         ) from error

@@ -60,7 +60,7 @@ class Team:
         return self
 
     def _join(self) -> None:
-        """Form a process group; UpcycleError when some processes do not come."""
+        """Form a process group; UpcycleError if some processes do not connect."""
         import torch.distributed as dist
 
         seconds = _number("UPCYCLE_JOIN_SECONDS", _JOIN_SECONDS)

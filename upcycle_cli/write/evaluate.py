@@ -66,8 +66,8 @@ def evaluate_together(
     """Yield pieces of each expression's bytes in order, with its index in `exprs`.
 
     Several expressions gather columns of the same rows (see `file_layout.bundles`), which are read,
-    cast and scaled once for all, a few at a time. A transposed matrix comes a few rows at a time
-    unless draws need all of it, and anything else as a whole.
+    cast and scaled once for all, a few at a time. A transposed matrix is made a few rows at a time
+    unless random draws need all of it; anything else is made whole.
     """
     first, evaluator = exprs[0], _Evaluator(read, vanished)
     if isinstance(first, ex.Transpose) and not any(map(_is_drawn, ex.leaves(first.of))):
@@ -200,7 +200,7 @@ class _Evaluator:
         )
 
     def _rows(self, expr: ex.Expr) -> Rows:
-        """Return an expression's rows; those of a Gather are never all in memory."""
+        """Return an expression's rows; the rows of a Gather are never all in memory."""
         if not isinstance(expr, ex.Gather):
             values = np.atleast_1d(self.value(expr))
             return Rows(values.shape, values.__getitem__)

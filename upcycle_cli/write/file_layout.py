@@ -63,7 +63,7 @@ def lay_out(shard: Shard) -> ShardLayout:
 
 
 def bundles(exprs: Sequence[Expr]) -> list[list[Expr]]:
-    """Return expressions in groups to be evaluated together: those with columns of equal rows."""
+    """Group expressions that gather columns of the same rows, to be evaluated together."""
     found: dict[tuple[Expr, bool], list[Expr]] = {}
     for expr in exprs:
         rows = gather_input(expr)
@@ -73,7 +73,7 @@ def bundles(exprs: Sequence[Expr]) -> list[list[Expr]]:
 
 
 def file_digest(layout: ShardLayout, parts: Mapping[Expr, bytes]) -> str:
-    """Return the digest of a file's data from those of its parts; the plan implies the header."""
+    """Return the digest of a file's data from its parts' digests; the plan implies the header."""
     return xxh3_128(b"".join(parts[part.expr] for part in layout.parts)).hexdigest()
 
 

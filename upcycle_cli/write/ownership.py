@@ -119,7 +119,7 @@ def checksum_failures(output: Path) -> Iterator[str]:
 
 
 def remove_output(output: Path) -> None:
-    """Remove an output, the record last; UpcycleError or OSError if it holds anything else."""
+    """Remove an output, the record last; UpcycleError or OSError if it has other files."""
     check_ownership(output)
     for path in output.iterdir():
         if path.name != RECORD_NAME:

@@ -1,7 +1,7 @@
 """`upcycle.json`, the record of a conversion, and the other files beside the weights.
 
-The record holds no time, no duration and no absolute path: two runs write the same file, and
-nobody's home directory ends up on the Hub.
+The record has no time, duration or absolute path: two runs write the same file, and no home
+directory is published.
 """
 
 from __future__ import annotations

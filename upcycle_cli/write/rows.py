@@ -27,7 +27,7 @@ class OverflowInCastError(ArithmeticError):
 
 
 class Rows(NamedTuple):
-    """A tensor whose rows are made when they are asked for."""
+    """A tensor that makes its rows on request."""
 
     shape: tuple[int, ...]
     make: Callable[[slice], NDArray[Any]]
@@ -97,7 +97,7 @@ def averaged(parts: Sequence[tuple[NDArray[Any], str]]) -> Rows:
 
 
 def transposed(parts: Iterable[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return the transpose, of this shape, of matrices that lie one below the other."""
+    """Return the transpose, of this shape, of matrices stacked by rows."""
     out, start = np.empty(shape, NUMPY_DTYPES[dtype]), 0
     for part in parts:
         place = out[:, start : start + len(part)]

@@ -104,7 +104,7 @@ class Staging:
                 f"Pass `overwrite=True` to start over, or remove it with `{shell_line(clean)}`.",
             )
         calibration = [CALIBRATION] if digest == self.plan_digest else []
-        # The marker comes before any removal, so that a kill leaves a directory known as ours. It
+        # The marker is written before any removal, so a kill leaves a directory known as ours. It
         # is not rewritten: a full disk may have no room for it.
         if digest != self.plan_digest:
             self._save(MARKER, {})

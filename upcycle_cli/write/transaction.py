@@ -85,7 +85,7 @@ def join(output: Path, plan: Plan, *, durable: bool) -> Staging:
 
 
 def publish(staging: Staging, *, overwrite: bool) -> str | None:
-    """Rename the new folder to OUTPUT; return a warning if the old output is left.
+    """Rename the new folder to OUTPUT; return a warning if the old output was not removed.
 
     Raises ResumableError or OSError; the old output is then as it was.
     """
@@ -122,7 +122,7 @@ def _seal(staging: Staging, *, overwrite: bool) -> str | None:
 
 
 def _finish(output: Path, replaces: str | None) -> str | None:
-    """Remove the old output and OUTPUT.partial; return a warning if the old output is left."""
+    """Remove the old output and OUTPUT.partial; return a warning if the old one stays."""
     left, aside = None, aside_of(output)
     if replaces is not None and is_directory(aside):
         try:
@@ -162,7 +162,7 @@ def recover(output: Path) -> str | None:
 def clean(output: Path, *, remove: bool) -> tuple[int, str | None]:
     """Remove OUTPUT.partial, when asked; return its size on the disk, and a warning or a note.
 
-    Raises UpcycleError when nothing is left, or when it is not ours.
+    Raises UpcycleError if the directory does not exist or is not ours.
     """
     partial = partial_of(output)
     if not is_directory(partial):
