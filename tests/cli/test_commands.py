@@ -149,9 +149,9 @@ def test_convert_json_agrees_with_its_dry_run_and_with_the_files(
 def test_inspect_a_dense_model_at_a_glance(llama: Path) -> None:
     done = succeed("inspect", llama)
     assert len(done.output.splitlines()) <= 15
-    assert "mixtral, by default" in done.stdout
-    assert "balanced by" not in done.stdout
-    assert "balanced by" in succeed("inspect", llama, "--targets").stdout
+    assert "mixtral by default" in done.stdout
+    assert "sigmoid" not in done.stdout
+    assert "sigmoid" in succeed("inspect", llama, "--targets").stdout
 
 
 def test_inspect_json(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:

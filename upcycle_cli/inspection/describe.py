@@ -105,21 +105,16 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
 
 
 def _target_rows(targets: Sequence[TargetFacts]) -> Iterator[Row]:
-    """Yield the targets of a dense model, and what the default one runs and trains in."""
-    able = [target for target in targets if target.refusal is None]
-    if not able:
-        yield "can become", ["nothing yet", *(target.refusal or "" for target in targets)]
-        return
-    first, *others = able
-    yield "becomes", [f"{first.name}, by default with {first.routings[0]} routing"]
-    if others:
-        names = ", ".join(target.name for target in others)
-        yield "or", [f"{names} (with `target`)"]
-    for label, software in (("engines", first.engines), ("trainers", first.trainers)):
-        names = ", ".join(
-            name for name, routings in software.items() if first.routings[0] in routings
-        )
-        yield label, [names]
+    """Yield the targets of a dense model, and the properties of the default one."""
+    from upcycle_cli.models.overview import target_rows
+
+    first, *others = sorted(targets, key=lambda target: target.refusal is not None)
+    if first.refusal is not None:
+        yield "can become", ["nothing yet:"]
+    else:
+        able = [target.name for target in others if target.refusal is None]
+        yield "can become", [f"{first.name} by default" + "".join(f", {name}" for name in able)]
+    yield from target_rows([first])
 
 
 def _record_text(record: Mapping[str, Any] | None) -> str:

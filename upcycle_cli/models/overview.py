@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -73,13 +73,11 @@ class Selection(Families):
 
     def tables(self) -> Iterator[Iterable[Row]]:
         """Yield what each model type can become, or why it is not supported, and the targets."""
-        wrapped = {
-            f"{text} in {name}": targets
-            for name, texts in self.wrappers.items()
-            for text, targets in texts.items()
-        }
-        supported = {**self.dense, **wrapped}.items()
-        rows = [(k, [f"can become {', '.join(v)}; the first is the default"]) for k, v in supported]
+        wrapped = (
+            (f"{t} in {name}", ts) for name, of in self.wrappers.items() for t, ts in of.items()
+        )
+        able = [*self.dense.items(), *wrapped]
+        rows = [(k, [f"can become {', '.join(v)}; the first is the default"]) for k, v in able]
         rows += [(name, [f"not supported: {reason}"]) for name, reason in self.refused.items()]
         yield from filter(None, (rows, [*target_rows(self.targets)]))
 
@@ -120,21 +118,19 @@ def only(found: Families, name: str) -> Selection:
     """Return the part that concerns a model type or a target; UpcycleError for an unknown name."""
     name = name.strip().lower()
     dense = {key: targets for key, targets in found.dense.items() if key == name}
+    refused = {key: reason for key, reason in found.refused.items() if key == name}
     wrappers = {
         key: {text: targets for text, targets in texts.items() if name in (key, text)}
         for key, texts in found.wrappers.items()
         if name in (key, *texts)
     }
-    refused = {key: reason for key, reason in found.refused.items() if key == name}
     inside = (targets for texts in wrappers.values() for targets in texts.values())
     names = {name, *chain(*dense.values(), *inside)}
     targets = tuple(target for target in found.targets if target.name in names)
     if not targets and not refused:
         known = {*found.dense, *found.wrappers, *found.refused, *(t.name for t in found.targets)}
-        raise UpcycleError(
-            f"upcycle does not know the model type {shown(name)}.",
-            did_you_mean(name, sorted(known)),
-        )
+        message = f"upcycle does not know the model type {shown(name)}."
+        raise UpcycleError(message, did_you_mean(name, sorted(known)))
     return Selection(dense=dense, wrappers=wrappers, targets=targets, refused=refused)
 
 
@@ -194,21 +190,14 @@ def _facts(
 def target_rows(targets: Iterable[TargetFacts]) -> Iterator[Row]:
     """Yield what each target can express, and its engines and trainers."""
     for target in targets:
-        yield target.name, [*_target_lines(target)] if target.refusal is None else [target.refusal]
+        yield target.name, [*_lines(target)] if target.refusal is None else [target.refusal]
 
 
-def _target_lines(target: TargetFacts) -> Iterator[str]:
-    routings, factor = any_of(target.routings), any_of(target.scaled_by)
-    layers, shared = f"MoE layers: {target.layers}", f"shared experts: {target.shared_experts}"
-    yield f"routing {routings}; scale factor in {factor}"
-    yield f"{layers}; {shared}; balanced by {target.balanced}"
-    yield f"runs in {_software(target.engines, target)}"
-    yield f"trains in {_software(target.trainers, target)}"
-
-
-def _software(found: Mapping[str, Sequence[str]], target: TargetFacts) -> str:
-    """Return the software that supports a target, with its routings unless it supports all."""
-    return ", ".join(
-        name if len(routings) == len(target.routings) else f"{name} ({', '.join(routings)})"
-        for name, routings in found.items()
-    )
+def _lines(target: TargetFacts) -> Iterator[str]:
+    yield f"routing {any_of(target.routings)}; scale factor in {any_of(target.scaled_by)}"
+    shared = f"shared experts: {target.shared_experts}; balanced by {target.balanced}"
+    yield f"MoE layers: {target.layers}; {shared}"
+    for label, known in (("runs", target.engines), ("trains", target.trainers)):
+        every = len(target.routings)
+        names = (n if len(of) == every else f"{n} ({', '.join(of)})" for n, of in known.items())
+        yield f"{label} in {', '.join(names)}"
