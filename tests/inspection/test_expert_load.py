@@ -88,7 +88,7 @@ def test_name_experts_that_no_token_chooses(idle_moe: Path, text: Path) -> None:
     shown = invoke("inspect", idle_moe, "--load", text)
     assert shown.exit_code == 0, shown.stderr
     words = " ".join(shown.stdout.split())
-    assert "never chosen 2 of 8 experts layer 1: 2-3" in words
+    assert "never chosen 2 of 8 experts, in layers 1" in words
     assert "of words.txt)" in words
     printed = invoke("inspect", idle_moe, "--load", text, "--json")
     load = validate_json("inspect", printed.stdout)["load"]

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from upcycle_cli.models.overview import TargetFacts
     from upcycle_cli.plan.plan import Plan
 
-_MAX_LAYERS = 8
-"""More layers with idle experts are counted, not named; JSON and reports have all."""
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Result):
@@ -189,7 +186,7 @@ def _drift_rows(layers: Sequence[LayerDrift]) -> Iterator[Row]:
         yield "new neurons", [f"{unlike:.2%} {words}"]
     split, total = sum(e.split_groups for e in layers), sum(e.num_groups for e in layers)
     where = format_layers([each.layer for each in layers if each.split_groups])
-    words = f"{split:,} of {total:,} groups have unequal router rows, in layers {where}"
+    words = f"{split:,} of {total:,} have unequal router rows, in layers {where}"
     yield "split groups", [words if split else f"none of {total:,}"]
 
 
@@ -199,9 +196,6 @@ def _load_rows(found: ExpertLoad) -> Iterator[Row]:
     mean = sum(each.load_cv for each in layers) / len(layers)
     varies = f"varies by {mean:.2f} on average, at most {worst.load_cv:.2f} (layer {worst.layer})"
     yield "load", [f"{varies} ({found.tokens:,} tokens of {found.text})"]
-    idle = [(each.layer, format_layers(each.idle)) for each in layers if each.idle]
-    number, every = sum(len(each.idle) for each in layers), sum(len(e.load) for e in layers)
-    lines = [f"layer {layer}: {experts}" for layer, experts in idle[:_MAX_LAYERS]]
-    if len(idle) > _MAX_LAYERS:
-        lines.append(f"and in {counted(len(idle) - _MAX_LAYERS, 'more layer')}")
-    yield "never chosen", [f"{number:,} of {counted(every, 'expert')}", *lines]
+    idle, every = sum(each.idle_experts for each in layers), sum(len(e.load) for e in layers)
+    where = format_layers([each.layer for each in layers if each.idle])
+    yield "never chosen", [f"{idle:,} of {every:,} experts" + f", in layers {where}" * bool(idle)]

@@ -18,8 +18,6 @@ from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import build_plan
 from upcycle_cli.recipe.recipe import Recipe, Routing
 
-WEIGHT_BYTES_PER_PARAMETER = 2
-"""A parameter in bfloat16."""
 TRAINING_BYTES_PER_PARAMETER = 16
 """A parameter in training with AdamW: weight and gradient in bfloat16, and the master weight and
 both moments in float32 (2 + 2 + 4 + 4 + 4)."""
@@ -67,7 +65,7 @@ class SizedRecipe:
     @property
     def weight_bytes(self) -> int:
         """The size of its weights in bfloat16."""
-        return WEIGHT_BYTES_PER_PARAMETER * self.total_parameters
+        return 2 * self.total_parameters
 
     @property
     def training_bytes(self) -> int:
@@ -106,12 +104,11 @@ class SizedRecipe:
     def rank(self) -> tuple[object, ...]:
         """The place among other recipes: the best has the lowest rank.
 
-        What fits the memory for training comes first. Then the evidence decides. T = 2G comes
-        first: the three recipes that beat continued dense training in our study (E8G8T16, E8G1T2,
-        E4G4T8) and the paper's best one (E8G1T2) have it. T = 4G costs twice as much and was not
-        measured. T = G ended worse than dense in our study. E = 8 is the largest expansion that was
-        measured. Finer experts gained 0.006 in our study, and nothing after 1T tokens in the paper,
-        so a small G comes before a large one.
+        What can be trained comes first, then what was measured. The recipes that beat continued
+        dense training in our study (E8G8T16, E8G1T2, E4G4T8) and in the paper (E8G1T2) have T = 2G
+        and at most E = 8. T = 4G costs twice as much; T = G ended worse than dense in our study.
+        Finer experts gained 0.006 there, and nothing after 1T tokens in the paper, so a small G
+        comes first.
         """
         recipe, groups = self.recipe, self.recipe.rows_chosen
         return (
