@@ -131,18 +131,13 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("mistral", windows=_alike, targets=("mixtral", "qwen2_moe")),
     DenseFamily("qwen2", windows=_LAST_SLIDE, targets=("qwen2_moe", "glm4_moe")),
     DenseFamily(
-        "qwen3",
-        windows=_LAST_SLIDE,
-        targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"),
+        "qwen3", windows=_LAST_SLIDE, targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum")
     ),
     DenseFamily("apertus", **_FEEDFORWARD_NORM),
     DenseFamily("apertus1p5_text", **_FEEDFORWARD_NORM),
     DenseFamily("arcee", mlp=_UP_DOWN),
     DenseFamily(
-        "bamba",
-        mlp=swiglu("feed_forward"),
-        norm="pre_ff_layernorm.weight",
-        layers_differ=True,
+        "bamba", mlp=swiglu("feed_forward"), norm="pre_ff_layernorm.weight", layers_differ=True
     ),
     DenseFamily("codegen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("cohere", norm=_PARALLEL),
@@ -163,11 +158,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("gemma", norm_offset=1.0),
     DenseFamily("gemma2", **_GEMMA),
-    DenseFamily(
-        "gemma3_text",
-        **_GEMMA,
-        attention_was_tested=True,
-    ),
+    DenseFamily("gemma3_text", **_GEMMA, attention_was_tested=True),
     DenseFamily(
         "gemma4_text",
         norm="pre_feedforward_layernorm.weight",
@@ -209,11 +200,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("gptj", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("granite", targets=("granitemoe", "granitemoehybrid")),
-    DenseFamily(
-        "granite_swa",
-        windows=_ALL_BUT_EACH_FOURTH,
-        targets=("granitemoe_swa",),
-    ),
+    DenseFamily("granite_swa", windows=_ALL_BUT_EACH_FOURTH, targets=("granitemoe_swa",)),
     DenseFamily(
         "granitemoehybrid",
         can_ship_code=False,
@@ -259,12 +246,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("persimmon", mlp=_H_TO_4H),
     DenseFamily("phi", mlp=_FC1_FC2, norm=_PARALLEL),
     DenseFamily("phi3", mlp=_GATE_UP, windows=_alike, pieces=_QKV, targets=("mixtral",)),
-    DenseFamily(
-        "qwen3_5_text",
-        norm_offset=1.0,
-        layers_differ=True,
-        targets=("qwen3_5_moe_text",),
-    ),
+    DenseFamily("qwen3_5_text", norm_offset=1.0, layers_differ=True, targets=("qwen3_5_moe_text",)),
     DenseFamily("seed_oss", targets=("qwen2_moe",)),
     DenseFamily("smollm3"),
     DenseFamily("stablelm", norm=("post_attention_layernorm.weight", "input_layernorm.weight")),

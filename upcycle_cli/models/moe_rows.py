@@ -132,11 +132,7 @@ _ROWS: Sequence[Target] = (
         unsupported_tensors=_NO_O_BIAS,
         constants={"qkv_bias": True},
     ),
-    Target(
-        model_type="qwen3_moe",
-        **_QWEN,
-        layers=layers.MLP_ONLY_LAYERS,
-    ),
+    Target(model_type="qwen3_moe", **_QWEN, layers=layers.MLP_ONLY_LAYERS),
     Target(
         # Released models do not renormalise gates, and vLLM never does. The norm behind the experts
         # cancels that factor, so the exact routing can be the default.
@@ -151,18 +147,8 @@ _ROWS: Sequence[Target] = (
         unsupported_tensors=_NO_O_BIAS,
         settings=moe_settings.glm4_moe,
     ),
-    Target(
-        model_type="dots1",
-        **_DEEPSEEK,
-        constants=_ONE_GROUP,
-        layers=layers.FIRST_K_DENSE,
-    ),
-    Target(
-        model_type="mellum",
-        **_QWEN,
-        layers=layers.MLP_TYPES,
-        settings=moe_settings.mellum,
-    ),
+    Target(model_type="dots1", **_DEEPSEEK, constants=_ONE_GROUP, layers=layers.FIRST_K_DENSE),
+    Target(model_type="mellum", **_QWEN, layers=layers.MLP_TYPES, settings=moe_settings.mellum),
     Target(
         model_type="hy_v3",
         routings=_SIGMOID_TOPK,
@@ -283,9 +269,7 @@ _ROWS: Sequence[Target] = (
         keys=Keys(top_k="top_k_experts"),
         layers=layers.ENABLED,
         shared=SharedExpert(
-            size_key="intermediate_size",
-            size=64,
-            norm="post_feedforward_layernorm_1.weight",
+            size_key="intermediate_size", size=64, norm="post_feedforward_layernorm_1.weight"
         ),
         extra_tensors=(
             ExtraTensor(name="post_feedforward_layernorm_1.weight", factor=0.0),
@@ -353,9 +337,6 @@ WRAPPED_TARGETS: Mapping[str, Target] = {
 }
 """Targets that exist only inside wrappers."""
 GROW_ONLY: Mapping[str, Target] = {
-    "olmoe": Target(
-        model_type="olmoe",
-        **_OLMO | {"routings": _EITHER_SOFTMAX[::-1]},
-    )
+    "olmoe": Target(model_type="olmoe", **_OLMO | {"routings": _EITHER_SOFTMAX[::-1]})
 }
 """MoE types that no dense model becomes, but that can be grown."""
