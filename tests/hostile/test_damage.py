@@ -497,7 +497,7 @@ def test_an_order_that_is_no_permutation(dense: Path, tmp_path: Path) -> None:
     tensors(lambda held: held[w(1, 2, 3)].view(torch.int16)[0, 0].bitwise_xor_(1))(damaged)
     assert_caught(dense, damaged, "weights", "expert 2 differs in 1 of", "1 problem")
     tensors(twice)(moe)
-    assert_caught(dense, moe, "weights", "layers.1.neuron_order.1", "no permutation")
+    assert_caught(dense, moe, "weights", "layers.1.neuron_order.1", "not a permutation")
 
 
 # Who sets the standard ----------------------------------------------------------------------------

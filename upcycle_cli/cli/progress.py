@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_BY_THE_HUB = ("downloading", "pushing")
-"""On a terminal, huggingface_hub shows bars of its own for these steps."""
+"""On a terminal, huggingface_hub shows its own bars for these steps."""
 
 
 class Display(Progress):

@@ -94,7 +94,7 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
 
 
 def _facts(found: Inspection) -> dict[str, str]:
-    """Return the facts that a reader looks for first; those from upcycle.json can be anything."""
+    """Return the facts that a reader looks for first."""
     record = found.record or {}
     recipe = record.get("recipe")
     facts = {

@@ -35,11 +35,11 @@ _MEASURES = {
     "load, std / mean": "load_cv",
     "idle experts": "idle_experts",
 }
-"""The columns of the table by layer, and where `LayerMeasure` has them; * for those to plot."""
+"""The columns of the table by layer, and their fields of `LayerMeasure`; * marks the plotted."""
 
 
 def recipe_section(record: Mapping[str, Any]) -> Section:
-    """Return the recipe and the factors from upcycle.json, whose values can be anything.
+    """Return the recipe and factors from upcycle.json, which can hold any values.
 
     Defaults, empty values and factors of 1 are left out.
     """
@@ -130,7 +130,7 @@ def drift_section(layers: Sequence[LayerDrift]) -> Section | None:
 
 
 def _group_size(record: Mapping[str, Any], experts: int) -> int:
-    """Return the size of a virtual group by upcycle.json, whose values can be anything."""
+    """Return the size of a virtual group from upcycle.json, which can hold any values."""
     match record:
         case {"growth": {"expand": int(size)}}:
             pass

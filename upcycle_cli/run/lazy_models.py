@@ -196,7 +196,7 @@ def _net(
     tensor: Find,
     stacks: Mapping[tuple[int, str], Stack],
 ) -> Model:
-    """Return a model whose weights stay in their files.
+    """Return a model with its weights left in their files.
 
     `stacks` are the experts' weights by layer and by name in memory. Raises TransformersError if a
     weight is missing, or if its shape does not match the config.

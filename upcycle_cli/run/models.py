@@ -82,7 +82,7 @@ def transformers_errors() -> Iterator[None]:
         lack = lack_in_words(error)
         if lack is not None:
             raise lack from error
-        # Panics of the tokenizers library are no Exceptions.
+        # Panics of the tokenizers library do not derive from Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         # A damaged checkpoint makes transformers raise nearly anything: OSError, ValueError,

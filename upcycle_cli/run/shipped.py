@@ -46,7 +46,7 @@ def registered(model_type: str) -> Iterator[None]:
     try:
         yield
     finally:
-        CONFIG_MAPPING._extra_content.pop(model_type, None)  # noqa: SLF001 - there is no public way
+        CONFIG_MAPPING._extra_content.pop(model_type, None)  # noqa: SLF001 - the only way
         for auto, _ in models:
             auto._model_mapping._extra_content.pop(config, None)  # noqa: SLF001
 

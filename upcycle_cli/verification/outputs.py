@@ -32,7 +32,7 @@ from upcycle_cli.verification.side_by_side import Found, rounding, run_side_by_s
 _NAME = "outputs"
 _EXACT_KL = 1e-8
 _ROUNDED_KL = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 1e-8}
-"""The largest mean KL of an exact recipe whose factors are rounded in the dtype of the experts."""
+"""The largest mean KL of an exact recipe with rounded factors, by the dtype of the experts."""
 _EXACT_TOP1 = 0.999
 _MOST_ROUNDING_KL = 1e-2
 _MOST_SPLIT_EXACT = 1e-3
@@ -82,7 +82,7 @@ def check_outputs(
     Raises UpcycleError if the source cannot run, and for impossible text options.
     """
     findings = Findings(
-        f"{entry.name} is {entry.dtype}, which is no dtype for weights"
+        f"{entry.name} is {entry.dtype}, which upcycle does not support"
         for entry in moe.tensors.values()
         if entry.dtype not in TORCH_DTYPES
     )
@@ -279,7 +279,7 @@ def _judge(
         if key in metrics and not metrics[key] <= most
     ]
     if math.isnan(metrics["kl_mean_whole"]):
-        failures[0] = "no token got whole groups in every layer, so there is no mean KL to judge"
+        failures[0] = "no token got whole groups in every layer, so mean KL cannot be judged"
     top1 = metrics["top1_agreement_conversion"]
     # One near-tie among few tokens must not decide.
     disagreeing = round((1 - top1) * metrics["tokens"])

@@ -162,7 +162,7 @@ def _upcycling(
 def _text(
     record: Record, given: CalibrationText | Prompts | None
 ) -> CalibrationText | Prompts | None:
-    """Return the text of the recorded calibration, None if it is not at hand.
+    """Return the text of the recorded calibration, None if it is not available.
 
     Raises UpcycleError if the user gave another text.
     """

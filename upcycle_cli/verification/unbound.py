@@ -95,11 +95,11 @@ class Unbound:
         self._rows: dict[str, bytes] = {}
         self.orders: dict[str, bytes] = {}
         """By stream, as 32-bit integers."""
-        self.why_unbound = "their values depend on data that is not here"
+        self.why_unbound = "some values depend on data that is not available"
         """Why some tensors cannot be compared."""
 
     def read_rows(self, tensor: OutputTensor, held: memoryview, dtype: str) -> Iterator[str]:
-        """Take the rows of a router from the MoE; yield what is wrong with them."""
+        """Take the rows of a router from the MoE; yield failures."""
         times, expr = 1, tensor.expr
         while isinstance(expr, ex.Repeat | ex.Cast):
             times *= expr.times if isinstance(expr, ex.Repeat) else 1
@@ -111,7 +111,7 @@ class Unbound:
             yield f"{tensor.name} {flaw}"
         digest = sha256(held).hexdigest()
         if dtype == tensor.dtype and self._recorded.get(tensor.name, digest) != digest:
-            yield f"{tensor.name} was changed: its SHA-256 is not the one that {RECORD_NAME} has"
+            yield f"{tensor.name} was changed: its SHA-256 differs from {RECORD_NAME}"
         if tensor.layer is None or tensor.layer not in self._fitted:
             return
         again_EH = as_float32(self._fitted[tensor.layer].rows, tensor.dtype, rows_EH.shape)
@@ -121,8 +121,8 @@ class Unbound:
             cosine = one_H @ other_H / max(lengths[0] * lengths[1], 1e-30)
             if not (cosine >= 0.999 and 0.95 <= lengths[0] / lengths[1] <= 1.05):
                 yield (
-                    f"{tensor.name}: the row of group {row} is not the one that the calibration "
-                    f"gives when it is run again (cosine {cosine:.4f})"
+                    f"{tensor.name}: another calibration gives a different row for group {row} "
+                    f"(cosine {cosine:.4f})"
                 )
 
     def look_at(self, tensor: OutputTensor, held: memoryview, dtype: str) -> None:
@@ -148,9 +148,7 @@ class Unbound:
         if not is_unbound(found):
             return
         if not (isinstance(found, ex.Gather) and isinstance(found.of, ex.Source)):
-            self.why_unbound = (
-                "noise or new neurons hide the order, and its file or text is not here"
-            )
+            self.why_unbound = "noise or new neurons hide the order of the neurons"
             return
         if dtype != kind:  # widened without loss, or it will differ
             values = to_float32(matrix.view(NUMPY_DTYPES[dtype]), dtype)
@@ -165,13 +163,13 @@ class Unbound:
         neurons.note(part, found.start, held, self._wanted[plain])
 
     def find_orders(self) -> Iterator[str]:
-        """Note the orders that the neurons have; yield where they have none."""
+        """Find the order of the neurons of each group; yield failures."""
         first: dict[str, NDArray[np.intp]] = {}  # by layer: the first group's order
         for stream, neurons in self._neurons.items():
             layer = stream.partition(".neuron_order")[0]
             order = neurons.order(first.get(layer))
             if order is None:
-                yield f"{stream}: the neurons are no permutation of the dense MLP's"
+                yield f"{stream}: the neurons are not a permutation of the dense MLP's neurons"
                 continue
             first.setdefault(layer, order)
             self.orders[stream] = order.astype("<u4").tobytes()
