@@ -105,13 +105,10 @@ def _target_rows(targets: Sequence[TargetFacts]) -> Iterator[Row]:
     """Yield the targets of a dense model, and the properties of the default one."""
     from upcycle_cli.models.overview import target_rows
 
-    first, *others = sorted(targets, key=lambda target: target.refusal is not None)
-    if first.refusal is not None:
-        yield "can become", ["nothing yet:"]
-    else:
-        able = [target.name for target in others if target.refusal is None]
-        yield "can become", [f"{first.name} by default" + "".join(f", {name}" for name in able)]
-    yield from target_rows([first])
+    able = [target for target in targets if target.refusal is None]
+    names = ", ".join(target.name for target in able)
+    yield "can become", [f"{names}; the first is the default" if able else "nothing yet"]
+    yield from target_rows(able[:1] or targets)
 
 
 def _record_text(record: Mapping[str, Any] | None) -> str:

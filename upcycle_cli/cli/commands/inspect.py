@@ -134,17 +134,12 @@ def _print_tables(found: Inspection, *, targets: bool) -> None:
 
 def _next_command(found: Inspection, path: Path) -> str:
     """Return a command that helps to go on."""
+    place = shell_line([str(path)])
     if found.kind == "dense":
-        words, use = (
-            ["inspect", str(path), "--gpu-memory", "80GBx8"],
-            "suggests a recipe for your GPUs",
-        )
-    elif found.record is not None:
-        words, use = ["verify", "DENSE", str(path)], "compares it with its dense model"
-    else:
-        words = ["inspect", str(path), "--weights", "--dense", "DENSE"]
-        use = "measures how far training moved the experts"
-    return f"{shell_line(['upcycle', *words])} {use}."
+        return f"upcycle inspect {place} --gpu-memory 80GBx8 suggests a recipe for your GPUs."
+    if found.record is not None:
+        return f"upcycle verify DENSE {place} compares it with its dense model."
+    return f"upcycle inspect {place} --weights --dense DENSE measures how far training moved it."
 
 
 def _write_report(report: Path, found: Inspection, path: Path) -> None:
