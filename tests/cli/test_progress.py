@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import pytest
+import pytest  # noqa: TC002 - pytest reads the annotations
 
 from upcycle_cli.cli import progress
 
 
-@pytest.mark.parametrize(
-    ("seconds", "step", "share", "lines"),
-    [
-        (9, "writing", (1, 2), []),
-        (25, "downloading", None, ["downloading: 10 s", "downloading: 20 s"]),
-        (25, "", None, []),
-        (
-            15,
-            "checking outputs",
-            (1, 4),
-            ["checking outputs: 1 of 4 layers, 10 s (about 30 s left)"],
-        ),
-    ],
-)
 def test_long_work_prints_a_line_every_ten_seconds(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    seconds: float,
-    step: str,
-    share: tuple[int, int] | None,
-    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = 0.0
+    now = end = 0.0
 
     class Ended:
         def wait(self, pause: float) -> bool:
             nonlocal now
             now += pause
-            return now > seconds
+            return now > end
 
     monkeypatch.setattr("time.monotonic", lambda: now)
-    display = progress.Display()
-    if step:
-        display.begins(step)
-    if share:
-        display.checked(*share, "layers")
-    progress.print_lines(display, Ended())  # type: ignore[arg-type]
-    assert capsys.readouterr().err.splitlines() == lines
+    for seconds, step, done, lines in (
+        (9, "writing", 1, []),
+        (25, "downloading", 0, ["downloading: 10 s", "downloading: 20 s"]),
+        (25, "", 0, []),
+        (15, "checking outputs", 1, ["checking outputs: 1 of 4 layers, 10 s (about 30 s left)"]),
+    ):
+        now, end, display = 0.0, seconds, progress.Display()
+        if step:
+            display.begins(step)
+        if done:
+            display.checked(done, 4, "layers")
+        progress.print_lines(display, Ended())  # type: ignore[arg-type]
+        assert capsys.readouterr().err.splitlines() == lines

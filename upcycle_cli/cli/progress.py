@@ -66,7 +66,7 @@ class Display(Progress):
         """Return the step, how much of it is done, and how long it takes."""
         seconds = time.monotonic() - self.started
         words = [self.step + ":", self.amount and self.amount + ",", f"{seconds:.0f} s"]
-        if self.share:
+        if 0 < self.share < 1:
             words.append(f"(about {seconds / self.share - seconds:.0f} s left)")
         return " ".join(filter(None, words))
 
