@@ -83,6 +83,11 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
     experts = "The experts of a layer are copies; training makes them different."
     if plan.merge is not None:
         experts = "Training teaches the routers which model's experts a token needs."
+    about_code = (
+        f"transformers has no Mixture of Experts for {plan.source.config['model_type']}, so the "
+        f"model ships its code in `{CODE_NAME}`, which `trust_remote_code=True` lets transformers "
+        "run. `upcycle verify` checks that it is the code that upcycle writes."
+    )
     notes = [f"\n- Note: {text[0].lower()}{text[1:]}" for text in training_warnings(plan)]
     return {
         "pronoun": "its" if plan.merge is None else "their",
@@ -91,7 +96,7 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
         "model_class": f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}",
         "reader": "AutoProcessor" if wrapped else "AutoTokenizer",
         "reads": "processor" if wrapped else "tokenizer",
-        "about_code": _about_code(plan) if ships_code else "",
+        "about_code": f"\n\n{about_code}" if ships_code else "",
         "trainers": _trainers(plan),
         "notes": "".join(notes),
     }
@@ -197,15 +202,6 @@ def _results(report: Report | None) -> str:
     return text
 
 
-def _about_code(plan: Plan) -> str:
-    model_type = plan.source.config["model_type"]
-    return (
-        f"\n\ntransformers has no Mixture of Experts for {model_type}, so the model ships its code "
-        f"in `{CODE_NAME}`, which `trust_remote_code=True` lets transformers run. `upcycle verify` "
-        "checks that it is the code that upcycle writes."
-    )
-
-
 def _trainers(plan: Plan) -> str:
     """Return a list of the trainers that were tested with the architecture, and their settings."""
     config = text_config_of(plan.config)
@@ -222,12 +218,7 @@ def _trainers(plan: Plan) -> str:
         else f"{trainer.name}: {trainer.support}"
         for trainer in found
     ]
-    if not found and plan.target.has_balancing_loss:
-        where = "model.config.text_config" if plan.target.inside else "model.config"
-        lines = [f"transformers: `{where}.output_router_logits = True` adds the balancing loss."]
-    elif not found:
-        lines = ["transformers: it adds no load-balancing loss for this architecture."]
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {line}" for line in lines or ["none was tested"])
 
 
 def _serving(plan: Plan, location: str) -> str:
