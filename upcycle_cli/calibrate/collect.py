@@ -51,11 +51,7 @@ _MOST_CACHED_BYTES = 4_000_000_000
 
 
 def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Progress) -> Plan:
-    """Return the plan with its calibration, on every rank; rank 0 has the `staging`.
-
-    A resumed conversion uses its earlier calibration, so that one calibration decides the whole
-    output. Raises UpcycleError if the calibration cannot run.
-    """
+    """Return the plan with its calibration, on every rank; a resumed conversion keeps its own."""
     if plan.inputs.text is None:
         return plan
 
@@ -76,10 +72,7 @@ def with_calibration(plan: Plan, staging: Staging | None, team: Team, watch: Pro
 
 
 def calibrate(plan: Plan, watch: Progress) -> Calibration:
-    """Run the plan's dense model on the plan's text; the model's files must be local.
-
-    Raises UpcycleError if the text is too short, or the model has no tokenizer or cannot run.
-    """
+    """Run the plan's dense model on the plan's text; its files must be local. UpcycleError."""
     source, text = plan.source, plan.inputs.text
     assert text is not None
     with source_errors(source.path):

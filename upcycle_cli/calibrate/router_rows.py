@@ -52,11 +52,7 @@ def balanced(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Array
 
 
 def centroids(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Array:
-    """Return centres of clusters of the inputs, by k-means on the sphere.
-
-    Shared directions are removed first, and rows are scaled, as in `balanced`. Raises UpcycleError
-    if there are fewer positions than rows.
-    """
+    """Return centres of clusters of the inputs by k-means on the sphere, scaled like `balanced`."""
     positions, rows = len(inputs_PH), recipe.router_rows
     if positions < rows:
         raise UpcycleError(

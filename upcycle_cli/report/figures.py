@@ -43,11 +43,7 @@ def _draw(paint: Callable[[Any], None], *, height: float = 2.9, width: float = 5
 
 
 def draw_lines(layers: Sequence[int], series: Mapping[str, Sequence[float]], *, unit: str) -> str:
-    """Plot one value per layer for each series.
-
-    Values of several magnitudes get a logarithmic axis, which is linear around zero, so that an
-    error of exactly 0 is visible.
-    """
+    """Plot one value per layer for each series, on a logarithmic axis if magnitudes differ."""
 
     def paint(axes: Any) -> None:  # noqa: ANN401 - matplotlib's
         clipped = {name: [*map(_plottable, values)] for name, values in series.items()}

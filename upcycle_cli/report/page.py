@@ -71,11 +71,7 @@ def render(
     findings: Sequence[str] = (),
     **page: str,
 ) -> str:
-    """Return a page as HTML.
-
-    `page` has its title, kind, heading, verdict and, for a verification, status. The strip on top
-    shows the `facts`, the banner the decisive `findings`.
-    """
+    """Return a page as HTML, with `facts` in a strip on top and `findings` in the banner."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -125,10 +121,7 @@ def spread(values: Iterable[float], layers: Sequence[int]) -> str:
 
 
 def _visible(value: object) -> object:
-    """Return a text without secrets, with ~ for the home directory and visible characters only.
-
-    Jinja then escapes it. Markup and other values stay as they are.
-    """
+    """Return a text without secrets, with ~ for the home directory and visible characters only."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     home = os.environ.get("HOME", "")

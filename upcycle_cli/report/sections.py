@@ -39,10 +39,7 @@ _MEASURES = {
 
 
 def recipe_section(record: Mapping[str, Any]) -> Section:
-    """Return the recipe and factors from upcycle.json, which can hold any values.
-
-    Defaults, empty values and factors of 1 are left out.
-    """
+    """Return the recipe and factors from upcycle.json (any values), without defaults."""
     values: dict[str, object] = {}
     defaults = {field.name: field.default for field in fields(Recipe)}
     for key, prefix in (("recipe", ""), ("growth", ""), ("factors", "factor ")):
@@ -144,10 +141,7 @@ def _group_size(record: Mapping[str, Any], experts: int) -> int:
 def load_section(
     layers: Sequence[LayerMeasure | LayerLoad], record: Mapping[str, Any]
 ) -> Section | None:
-    """Return how many tokens chose each expert, None without any.
-
-    Where all experts of every group have equal loads, the figure has a column for each group.
-    """
+    """Return how many tokens chose each expert, or group if its experts have equal loads."""
     layers = [layer for layer in layers if layer.load]
     if not layers:
         return None

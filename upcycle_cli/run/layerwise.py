@@ -108,10 +108,7 @@ class Span(NamedTuple):
 
 @contextmanager
 def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) -> Iterator[Run]:
-    """Start a model on text: each `steps.advance()` runs one layer, the last one runs the rest.
-
-    `mlps` are the modules or parts to observe, at most one per layer.
-    """
+    """Start a model: `steps.advance()` runs a layer, the last one the rest; observe the `mlps`."""
 
     def work(pause: Callable[[], None]) -> None:
         def end_layer(_module: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401

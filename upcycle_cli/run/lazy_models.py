@@ -196,11 +196,7 @@ def _net(
     tensor: Find,
     stacks: Mapping[tuple[int, str], Stack],
 ) -> Model:
-    """Return a model with its weights left in their files.
-
-    `stacks` are the experts' weights by layer and by name in memory. Raises TransformersError if a
-    weight is missing, or if its shape does not match the config.
-    """
+    """Return a model with its weights left in their files; `stacks` are the experts' weights."""
     config = load_config(path)
     config._experts_implementation = "eager"  # noqa: SLF001 - others need one tensor of all
     config.dtype = torch.float32
@@ -248,10 +244,7 @@ def _untie(model: Model, tensor: Find) -> None:
 
 
 def _fill(model: Model, tensor: Find) -> None:
-    """Put each stored weight in its place, except the experts' weights.
-
-    Some weights already have memory and random values, since not all code respects the device.
-    """
+    """Put each stored weight in its place, except the experts' weights."""
     _untie(model, tensor)
     state = model.state_dict(keep_vars=True)
     named = {name: held for name, held in state.items() if isinstance(held, torch.Tensor)}

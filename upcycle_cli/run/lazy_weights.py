@@ -32,10 +32,7 @@ class _Unread:
 
 @dataclass(frozen=True, eq=False)
 class Stored(_Unread):
-    """One tensor of a file, or several concatenated ones, in place of a model's weight.
-
-    torch computes with its values in float32.
-    """
+    """One tensor of a file, or several concatenated ones, in place of a weight in float32."""
 
     pieces: tuple[torch.Tensor, ...]
     """Views of mapped files with equal numbers of columns."""

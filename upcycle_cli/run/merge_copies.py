@@ -17,10 +17,7 @@ _SAMPLE = 32
 
 
 class MergeCopies:
-    """A hook on a layer's experts: copies of an expert run once, with the sum of their gates.
-
-    Fewer and larger matrix products are faster. The first run compares the experts' bytes.
-    """
+    """A hook on a layer's experts: copies of an expert run once, with the sum of their gates."""
 
     def __init__(self, experts: Experts, reader: Reader, layer: int) -> None:
         self._experts, self._reader, self._layer = experts, reader, layer

@@ -26,10 +26,7 @@ def _code_for(model_type: str) -> str:
 
 @contextmanager
 def registered(model_type: str) -> Iterator[None]:
-    """Register a model type with shipped code; transformers knows all others.
-
-    Unregister it at the end, or a caller's own model would be saved without its code.
-    """
+    """Register a model type with shipped code while the context lasts."""
     if not model_type.startswith(UPCYCLED_PREFIX):
         yield
         return

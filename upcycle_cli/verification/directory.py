@@ -293,10 +293,7 @@ def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
 
 
 def _saved(dense: Checkpoint, config: Settings, *, generation: bool) -> dict[str, bytes]:
-    """Return what transformers writes when it saves the tokenizer, or the generation settings.
-
-    The MoE's config decides the class of the tokenizer.
-    """
+    """Return what transformers saves of the tokenizer, or of the generation settings."""
     from upcycle_cli.run.models import load_config, load_tokenizer, transformers_errors
 
     with TemporaryDirectory(prefix="upcycle-verify-") as scratch, transformers_errors():

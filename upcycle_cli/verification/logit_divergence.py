@@ -59,10 +59,7 @@ class Ending:
 
 
 class Softmax:
-    """The softmax of a model's logits at each position, over the blocks added so far.
-
-    `normalizer` (P,) is the sum of exponentials relative to the largest logit.
-    """
+    """The softmax of a model's logits at each position (P,), over the blocks added so far."""
 
     def __init__(self, targets_P: torch.Tensor) -> None:
         P = len(targets_P)
@@ -153,10 +150,7 @@ class Comparison:
 def compare(
     published: Ending, rounded: Ending | None, moe: Ending, targets_P: torch.Tensor
 ) -> Comparison:
-    """Compare the dense model, the same with rounded weights (if rounding matters), and the MoE.
-
-    `targets_P` are the next tokens of the text; -1 where it ends.
-    """
+    """Compare the dense model, the same with rounded weights (if it matters), and the MoE."""
     P = len(targets_P)
     size = max(1, _BLOCK_LOGITS // P)
     p, r, q = (Softmax(targets_P) for _ in range(3))

@@ -77,10 +77,7 @@ def check_outputs(
     texts: TextOptions,
     watch: Progress | None = None,
 ) -> CheckResult:
-    """Compare the predictions of an MoE and of its source, which may be a smaller MoE.
-
-    Raises UpcycleError if the source cannot run, and for impossible text options.
-    """
+    """Compare the predictions of an MoE and its source; UpcycleError if the source cannot run."""
     findings = Findings(
         f"{entry.name} is {entry.dtype}, which upcycle does not support"
         for entry in moe.tensors.values()

@@ -26,10 +26,7 @@ _CHANNELS = 3
 
 
 def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
-    """Return KL(dense ‖ MoE) in nats for a picture with text; empty for a model of text alone.
-
-    Raises UpcycleError if the dense model cannot run, TransformersError for the MoE.
-    """
+    """Return KL(dense ‖ MoE) in nats for a picture with text; empty for a text model."""
     if getattr(dense.net.config, "vision_config", None) is None:
         return {}
     with source_errors(dense.checkpoint.path), torch.no_grad():

@@ -101,10 +101,7 @@ def rebuild(
 
 
 def _made(kind: type[_Made], held: Record, more: Collection[str] = ()) -> _Made:
-    """Return a recorded recipe, growth or options; RecordError for unknown or unusable fields.
-
-    Only the record has the fields `more`.
-    """
+    """Return a recorded recipe, growth or options, without the fields `more`; RecordError."""
     values = {key: value for key, value in held.items() if key not in more}
     if unknown := values.keys() - {field.name for field in fields(kind)}:
         raise RecordError(f"{RECORD_NAME}: this version does not know {min(unknown)}")
@@ -162,10 +159,7 @@ def _upcycling(
 def _text(
     record: Record, given: CalibrationText | Prompts | None
 ) -> CalibrationText | Prompts | None:
-    """Return the text of the recorded calibration, None if it is not available.
-
-    Raises UpcycleError if the user gave another text.
-    """
+    """Return the text of the recorded calibration if available; UpcycleError for another text."""
     held = record.get("calibration")
     if not isinstance(held, dict):
         if given is not None:

@@ -38,10 +38,7 @@ class ObservedRouting:
 
 @contextmanager
 def observed_routers(moe: LazyModel, tokens: int, group_size: int) -> Iterator[ObservedRouting]:
-    """Note what the routers choose for the first `tokens` while the model runs.
-
-    The tokens after them are only there to measure experts.
-    """
+    """Note what the routers choose for the first `tokens`; later ones only measure experts."""
     found, experts = ObservedRouting(), moe.experts
     assert experts is not None
     layout = experts.target.in_memory

@@ -42,13 +42,11 @@ class Found:
 
 
 def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
-    """Return the dtype that each dense weight has in the MoE; None if no weight is rounded.
-
-    MLP weights have other names in the MoE, so they get the dtype of its matrices.
-    """
+    """Return the dtype that each dense weight has in the MoE; None if no weight is rounded."""
     count: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for entry in moe.checkpoint.tensors.values():
         count[len(entry.shape) > 1][entry.dtype] += entry.num_elements
+    # MLP weights have other names in the MoE, so they get the usual dtype of matrices.
     usual = {
         is_matrix: getattr(torch, TORCH_DTYPES[of.most_common(1)[0][0]]) if of else torch.float32
         for is_matrix, of in count.items()

@@ -57,14 +57,12 @@ class _Neurons:
         self.seen[places] = True
 
     def order(self, first: NDArray[np.intp] | None) -> NDArray[np.intp] | None:
-        """Return the dense neuron at each place; None if no part has an order.
-
-        Places that were not seen belong to a shared expert, and are as in the `first` group.
-        """
+        """Return the dense neuron at each place; None without an order."""
         if first is None and not self.seen.all():
             return None
         order = np.zeros(len(self.seen), np.intp) if first is None else first.copy()
         left = np.ones(len(self.seen), np.bool_)
+        # Places that were not seen belong to a shared expert, and are as in the first group.
         left[order[~self.seen]] = False
         # All parts together distinguish twins. If one part is damaged, the others give the order.
         for count in range(len(self.held), 0, -1):
