@@ -121,7 +121,7 @@ def execute(
     """Write and publish a plan; `options` are those of a Request."""
     recipe = Recipe("E2G1T2")  # the plan has been made already
     request = api.Request(source=plan.source.path, output=output, recipe=recipe, **options)
-    return api.execute(plan, request, hooks=hooks or Hooks(), team=team or Team())
+    return api.execute(plan, request, hooks or Hooks(), team or Team())
 
 
 def staging_in(plan: Plan, output: Path) -> Staging:

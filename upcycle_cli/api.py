@@ -138,39 +138,26 @@ def convert(  # noqa: PLR0913 - the fields of a Request
         values["push"] = Destination(repo=push)
     # Request has a default for each argument that is None here.
     given = {name: value for name, value in values.items() if value is not None}
-    return carry_out(Request(**given))
+    return carry_out(Request(**given), Hooks(), Team())
 
 
-def carry_out(
-    request: Request,
-    *,
-    hooks: Hooks | None = None,
-    team: Team | None = None,
-) -> Conversion:
+def carry_out(request: Request, hooks: Hooks, team: Team) -> Conversion:
     """Convert as requested, together with the other ranks of a team; UpcycleError as `convert`."""
-    team = team or Team()
-    hooks = hooks if hooks is not None and team.leads else Hooks()
     plan, destination = _make_plan(request, hooks, team), request.push
     if destination is not None:
         from upcycle_cli.publish.push import check_destination
 
         # Ask the Hub for permission now, not after hours of work.
         team.agree(lambda: check_destination(destination) if team.leads else None)
-    done = execute(plan, request, hooks=hooks, team=team)
+    done = execute(plan, request, hooks, team)
     if destination is None or not done.published or not team.leads:
         return done
     return replace(done, pushed=_push(done, destination, hooks))
 
 
-def preview(
-    request: Request,
-    *,
-    hooks: Hooks | None = None,
-    team: Team | None = None,
-) -> tuple[Plan, list[str]]:
+def preview(request: Request, hooks: Hooks, team: Team) -> tuple[Plan, list[str]]:
     """Return the plan of a request and its warnings; UpcycleError if there is no plan."""
-    team = team or Team()
-    plan = _make_plan(request, hooks if hooks is not None and team.leads else Hooks(), team)
+    plan = _make_plan(request, hooks, team)
     output, overwrite, notes = request.output.absolute(), request.overwrite, [*warnings(plan)]
     try:
         if not overwrite and is_finished(plan, output):
@@ -184,7 +171,7 @@ def preview(
     return plan, notes
 
 
-def execute(plan: Plan, request: Request, *, hooks: Hooks, team: Team) -> Conversion:
+def execute(plan: Plan, request: Request, hooks: Hooks, team: Team) -> Conversion:
     """Write what the plan says and publish it as OUTPUT; UpcycleError leaves OUTPUT as it was."""
     from upcycle_cli.write.transaction import recover, transaction
 
@@ -202,15 +189,14 @@ def execute(plan: Plan, request: Request, *, hooks: Hooks, team: Team) -> Conver
     if request.verify or not finished:
         plan = _bring_sources(plan, hooks, team)
     durable = request.writing.fsync
-    with hooks.writing(plan.nbytes) as progress:
-        if finished:
-            done = _finish_again(plan, request, progress) if team.leads else Conversion(plan=plan)
-        elif team.leads:
-            with transaction(output, plan, overwrite=overwrite, durable=durable) as staging:
-                done = _make(plan, request, staging, progress, team)
-            team.exchange(None)  # the other ranks may end
-        else:
-            done = _assist(plan, request, team)
+    if finished:
+        done = _finish_again(plan, request, hooks) if team.leads else Conversion(plan=plan)
+    elif team.leads:
+        with transaction(output, plan, overwrite=overwrite, durable=durable) as staging:
+            done = _make(plan, request, staging, hooks, team)
+        team.exchange(None)  # the other ranks may end
+    else:
+        done = _assist(plan, request, team)
     notes = tuple(filter(None, [*warnings(done.plan), recovered, *done.warnings]))
     seconds = 0.0 if finished else time.monotonic() - started
     done = replace(done, output=output, warnings=notes, seconds=seconds)
@@ -287,11 +273,7 @@ def _finish_again(plan: Plan, request: Request, progress: Progress) -> Conversio
 
 
 def _make(
-    plan: Plan,
-    request: Request,
-    staging: Staging,
-    progress: Progress,
-    team: Team,
+    plan: Plan, request: Request, staging: Staging, progress: Progress, team: Team
 ) -> Conversion:
     """Calibrate, write, verify and publish, on the rank that leads."""
     from upcycle_cli.calibrate.collect import with_calibration
@@ -364,7 +346,8 @@ def _push(done: Conversion, destination: Destination, hooks: Hooks) -> Push:
     from upcycle_cli.publish.push import push
 
     try:
-        return push(done.output, **vars(destination), on_start=hooks.pushing)
+        on_start = partial(hooks.pushing, destination.repo)
+        return push(done.output, **vars(destination), on_start=on_start)
     except UpcycleError as error:
         again = shell_line(["upcycle", "push", str(done.output), destination.repo])
         raise UpcycleError(

@@ -25,6 +25,7 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.recipe.recipe import Promise, RouterInit
 from upcycle_cli.verification.prompts import TextOptions
+from upcycle_cli.write.distributed import Team
 
 FEW = TextOptions(tokens=512)
 ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -221,11 +222,11 @@ def test_a_resumed_conversion_runs_its_calibration_again_only_if_damaged(
     for number, damage in enumerate((b"", b"not what was written")):
         request = Request(source=llama, output=tmp_path / str(number), recipe=wanted, verify=True)
         with pytest.raises(KilledError):
-            carry_out(request, hooks=Kill())
+            carry_out(request, Kill(), Team())
         cached = tmp_path / f"{number}.partial" / ".upcycle-calibration"
         cached.write_bytes(damage or cached.read_bytes())
         runs.clear()
-        done = carry_out(request)
+        done = carry_out(request, Hooks(), Team())
         # Verification takes the calibration that convert has run, and runs none of its own.
         assert len(runs) == number
         assert done.report is not None

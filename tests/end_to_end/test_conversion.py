@@ -6,8 +6,7 @@ import inspect
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,10 +32,11 @@ from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
 from upcycle_cli.api import Conversion, Request, carry_out, preview
-from upcycle_cli.core.callbacks import Hooks, Progress
+from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.warnings import warnings
 from upcycle_cli.recipe.recipe import ExpertLayout
+from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.writer import WriteOptions
 
 RECIPE = Recipe("E2G2T2")
@@ -207,7 +207,7 @@ def test_a_dry_run_shows_the_plan_and_the_problems(
     prepare(tmp_path / "moe", llama)
     before = snapshot(tmp_path)
     request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE, overwrite=overwrite)
-    plan, notes = preview(request)
+    plan, notes = preview(request, Hooks(), Team())
     assert plan.how["recipe"]["name"] == "E2G2T2"
     general = [*warnings(plan)]
     assert (notes == general) == (note is None)
@@ -236,13 +236,6 @@ class Listener(Hooks):
     def planned(self, plan: Plan) -> None:
         self.heard.append(f"planned {plan.how['recipe']['name']}")
 
-    @contextmanager
-    def writing(self, num_bytes: int) -> Iterator[Progress]:
-        self.heard.append("writing")
-        yield self
-        assert self.nbytes == num_bytes
-        self.heard.append("written")
-
     def advance(self, num_bytes: int) -> None:
         self.nbytes += num_bytes
 
@@ -256,10 +249,11 @@ class Listener(Hooks):
 def test_callbacks_receive_every_step_in_order(llama: Path, tmp_path: Path) -> None:
     listener = Listener()
     request = Request(source=llama, output=tmp_path / "moe", recipe=RECIPE, verify=True)
-    done = carry_out(request, hooks=listener)
+    done = carry_out(request, listener, Team())
+    assert listener.nbytes == done.plan.nbytes
     assert done.report is not None
     checks = [f"checking {check.name}" for check in done.report.checks]
-    expected = ["planned E2G2T2", "writing", *checks, "written", "finished moe"]
+    expected = ["planned E2G2T2", *checks, "finished moe"]
     assert [word for word in listener.heard if word in expected] == expected
     card = (tmp_path / "moe" / "README.md").read_text()
     assert all(f"| {check.name} | passed |" in card for check in done.report.checks)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.terminal import stderr
-from upcycle_cli.core.callbacks import Progress
+from upcycle_cli.core.callbacks import Hooks
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -20,7 +20,7 @@ _SHOWN_BY_THE_HUB = ("downloading", "pushing")
 """On a terminal, huggingface_hub shows its own bars for these steps."""
 
 
-class Display(Progress):
+class Display(Hooks):
     """Notes the current step and how much of it is done; shows a bar if it has `bars`."""
 
     def __init__(self) -> None:
@@ -79,9 +79,9 @@ def print_lines(display: Display, ended: Event) -> None:
 
 
 @contextmanager
-def progress_bar(*, silent: bool) -> Iterator[Display]:
+def progress_bar(display: Display | None = None, *, silent: bool) -> Iterator[Display]:
     """Show the progress of the steps that begin, until the context ends."""
-    console, display, ended = stderr(), Display(), Event()
+    console, display, ended = stderr(), display or Display(), Event()
     if console.is_terminal and not silent:
         import rich.progress as bars
 

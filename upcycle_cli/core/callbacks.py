@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 
@@ -29,12 +28,8 @@ class Hooks(Progress):
     def downloading(self, names: Sequence[str], num_bytes: int) -> None:
         """Receive the names of the sources and how many bytes will be downloaded."""
 
-    def writing(self, num_bytes: int) -> AbstractContextManager[Progress]:  # noqa: ARG002
-        """Return a context for writing and verifying OUTPUT, which receives the progress."""
-        return nullcontext(self)
-
     def finished(self, result: Any) -> None:  # noqa: ANN401 - a Conversion
         """Receive the result, before it is pushed."""
 
-    def pushing(self, num_files: int, num_bytes: int) -> None:
-        """Receive how much will be pushed."""
+    def pushing(self, repo: str, num_files: int, num_bytes: int) -> None:
+        """Receive where and how much will be pushed."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,14 @@ from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.progress import Display, progress_bar
-from upcycle_cli.core.callbacks import Hooks, Progress
+from upcycle_cli.core.callbacks import Hooks
 from upcycle_cli.core.text import shell_line, size_text
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 if TYPE_CHECKING:
-    from upcycle_cli.api import Conversion, Request
+    from upcycle_cli.api import Conversion
     from upcycle_cli.plan.plan import Plan
+    from upcycle_cli.write.distributed import Team
 
 _option = options.options_of("convert")
 
@@ -53,11 +53,11 @@ def convert(
     config: Path | None = _option(  # noqa: ARG001 - its callback has read it
         "config", None, callback=values.use_file, is_eager=True
     ),
-    save_config: Path | None = _option("save_config", None),
+    save_config: Path | None = _option("save_config", None),  # noqa: ARG001 - see _Screen
     workers: int = _option("workers", 0),
     fsync: bool = _option("fsync", True),
     json: bool = options.JSON,
-    quiet: bool = options.QUIET,
+    quiet: bool = options.QUIET,  # noqa: ARG001 - see _Screen
 ) -> None:
     """Convert a dense model into a Mixture of Experts (MoE), or grow an MoE.
 
@@ -70,11 +70,11 @@ def convert(
     from upcycle_cli.write.writer import WriteOptions
 
     team = Team.launched()
-    silent = quiet or json or not team.leads
+    screen = _Screen(context, team)
     with (
         terminal.errors_to_exit_codes(as_json=json, silent=not team.leads),
         team,
-        progress_bar(silent=silent) as display,
+        progress_bar(screen, silent=screen.silent),
     ):
         if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
             moe = replace(moe, router_init=RouterInit.PROMPTS)
@@ -98,52 +98,35 @@ def convert(
             ),
             merge=values.to_merge(experts_from, rest, source_too=source_experts),
         )
-        screen = _Screen(
-            request=request,
-            context=context,
-            save_config=save_config,
-            display=display,
-            as_json=json and team.leads,
-            quiet=quiet or not team.leads,
-        )
+        hooks = screen if team.leads else Hooks()
         if dry_run:
-            screen.show_forecast(*preview(request, hooks=screen, team=team))
+            screen.show_forecast(*preview(request, hooks, team))
         else:
-            screen.end(carry_out(request, hooks=screen, team=team))
+            screen.end(carry_out(request, hooks, team))
 
 
-@dataclass(kw_only=True)
-class _Screen(Hooks):
+class _Screen(Display):
     """Saves the options, shows progress, and prints what a conversion did."""
 
-    request: Request
-    context: typer.Context
-    save_config: Path | None
-    display: Display
-    as_json: bool
-    quiet: bool
-
-    @property
-    def silent(self) -> bool:
-        return self.quiet or self.as_json
+    def __init__(self, context: typer.Context, team: Team) -> None:
+        super().__init__()
+        self.context, self.given = context, context.params
+        self.as_json = team.leads and self.given["json"]
+        self.quiet = self.given["quiet"] or not team.leads
+        self.silent = self.quiet or self.as_json
 
     def planned(self, plan: Plan) -> None:
-        if self.save_config is not None:
-            values.save_options(self.save_config, self.context, plan)
+        self.total = plan.nbytes
+        if self.given["save_config"] is not None:
+            values.save_options(self.given["save_config"], self.context, plan)
 
     def downloading(self, names: Sequence[str], num_bytes: int) -> None:
         if not self.silent:
             terminal.talk(f"Downloading {size_text(num_bytes)} of {', '.join(names)} …")
-        self.display.begins("downloading")
-
-    @contextmanager
-    def writing(self, num_bytes: int) -> Iterator[Progress]:
-        self.display.ends()
-        self.display.total = num_bytes
-        yield self.display
-        self.display.ends()
+        self.begins("downloading")
 
     def finished(self, result: Conversion) -> None:
+        self.ends()
         if self.silent:
             return
         if not result.already_done:
@@ -160,19 +143,19 @@ class _Screen(Hooks):
             if result.reused_bytes:
                 said += f" {size_text(result.reused_bytes)} came from an unfinished run."
             terminal.talk("", said)
-            if self.request.push is None:
+            if self.given["push_to_hub"] is None:
                 terminal.talk(f"Next: {shell_line(_next_step(result))}")
 
-    def pushing(self, num_files: int, num_bytes: int) -> None:
-        if not self.silent and self.request.push is not None:
-            render.announce_push(self.request.push.repo, num_files, num_bytes)
-        self.display.begins("pushing")
+    def pushing(self, repo: str, num_files: int, num_bytes: int) -> None:
+        if not self.silent:
+            render.announce_push(repo, num_files, num_bytes)
+        self.begins("pushing")
 
     def show_forecast(self, plan: Plan, notes: list[str]) -> None:
         if self.as_json:
             from upcycle_cli.cli.render_json import plan_json
 
-            status = {"status": "planned", "output": str(self.request.output)}
+            status = {"status": "planned", "output": str(self.given["output"])}
             terminal.print_json(status | plan_json(plan, notes))
         elif not self.quiet:
             from upcycle_cli.plan.facts import plan_rows
@@ -183,7 +166,7 @@ class _Screen(Hooks):
 
     def end(self, done: Conversion) -> None:
         """Print the push or the JSON; typer.Exit if the output was not published."""
-        self.display.ends()
+        self.ends()
         if done.pushed is not None:
             raise_signal()
             if not self.silent:
