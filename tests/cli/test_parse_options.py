@@ -103,14 +103,13 @@ def test_read_numbers_and_strange_names(plan: Plan, llama: Path, tmp_path: Path)
     found = plan("--config", "u.toml")
     assert (found["output"], found["scaling"]) == ("6", 2.0)
     strange = "a\n'b'\x1b.toml"
-    assert plan("DENSE", "moe", *RECIPE, "--save-config", strange) == plan("--config", strange)
+    clone(llama, tmp_path / "a\udcff")  # not UTF-8
+    assert plan("a\udcff", "moe", *RECIPE, "--save-config", strange) == plan("--config", strange)
 
 
 def test_refuse_a_recipe_file_that_cannot_be_written(tmp_path: Path) -> None:
-    dense = clone(tmp_path / "DENSE", tmp_path / "a\udcff")  # TOML cannot hold such a name
-    for source, name in (("DENSE", "absent/u.toml"), (dense, "u.toml")):
-        done = invoke("convert", source, "moe", *RECIPE, "--save-config", name)
-        assert_refused(done, name.split("/", maxsplit=1)[0])
+    done = invoke("convert", "DENSE", "moe", *RECIPE, "--save-config", "absent/u.toml")
+    assert_refused(done, "absent")
     assert not (tmp_path / "moe").exists()
 
 

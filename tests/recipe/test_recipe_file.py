@@ -12,10 +12,10 @@ from conftest import clone, contents
 from refusals import assert_refused, invoke
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.recipe.recipe_file import Kind, Value, load_config, save_config
+from upcycle_cli.recipe.recipe_file import Value, load_config, save_config
 
 VALUES: dict[str, Value] = {"source": "dense", "output": "moe", "recipe": "E2G1T1", "seed": 7}
-KNOWN = dict.fromkeys(VALUES, Kind.VALUE)
+KNOWN = dict.fromkeys(VALUES, str)
 
 
 def save(path: Path) -> None:

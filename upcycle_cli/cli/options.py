@@ -46,7 +46,8 @@ def row_of(command: str, name: str) -> dict[str, Any]:
 
 
 _FLAGS = {
-    name: row.get("argument") or (row.get("flags") or [f"--{name.replace('_', '-')}"])[0]
+    name: row.get("argument")
+    or row.get("flags", [f"--{name.replace('_', '-')}"])[0].rpartition("/")[2]
     for table in reversed(_TABLE.values())
     for name, row in table.items()
 }

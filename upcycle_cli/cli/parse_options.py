@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from enum import StrEnum
@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer  # noqa: TC002 - it reads the annotations of a callback
 
-from upcycle_cli.cli.options import MoeOptions, read_path
+from upcycle_cli.cli.options import MoeOptions, read_path, with_flags
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import choose_from, shell_line
-from upcycle_cli.recipe.options import member
 from upcycle_cli.recipe.recipe import (
-    ExpertLayout,
     Growth,
     NeuronOrder,
     Recipe,
@@ -27,23 +25,27 @@ from upcycle_cli.recipe.recipe import (
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.budget import Budget, SharedChoices
-    from upcycle_cli.plan.merge import MergeRequest
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Destination
-    from upcycle_cli.recipe.recipe_file import Kind, Value
+    from upcycle_cli.recipe.recipe_file import Value
 
 _SIZES = ("expansion", "granularity", "top_k")
 _NOT_IN_FILE = ("config", "from_mergekit", "save_config", "dry_run", "help")
 _NOT_SAVED = (*_SIZES, "json", "quiet")
 """The recipe has the first three; the others belong to one run."""
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
+_NEEDS = {
+    "experts_from": ("rest", "source_experts"),
+    "push_to_hub": ("push_revision", "private", "create_pr"),
+}
+"""The options that make sense with another one only."""
 _WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 
 # Each with groups for the prefix of the unit, for binary units, and for a factor.
-_COUNT = r"([KMBT]?)()()"
-_SIZE = r"([KMGT]?)(I?)B?()"
-_MEMORY = r"([KMGT]?)(I?)B?\s*(?:[x×*]\s*(\d{1,6}))?"
+_COUNT = r"([KMBT]?)()()", "a number of parameters; write 50B or 700M"
+_SIZE = r"([KMGT]?)(I?)B?()", "a size; write 5GB or 500MB"
+_MEMORY = r"([KMGT]?)(I?)B?\s*(?:[x×*]\s*(\d{1,6}))?", "a size; write 80GB or 80GB×8"
 
 
 # Sources ------------------------------------------------------------------------------------------
@@ -120,15 +122,13 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     save_config(path, values, known, keep_out_of=keep_out_of)
 
 
-def _file_options(context: typer.Context) -> dict[str, Kind]:
-    """Return the options that a recipe file can set, and the kind of value each takes."""
-    from upcycle_cli.recipe.recipe_file import Kind
-
-    kinds: dict[str, Kind] = {}
+def _file_options(context: typer.Context) -> dict[str, type]:
+    """Return the options that a recipe file can set, and the type that each takes."""
+    kinds: dict[str, type] = {}
     for option in context.command.params:
         if option.name and option.name not in _NOT_IN_FILE:
-            single = Kind.FLAG if getattr(option, "is_flag", False) else Kind.VALUE
-            kinds[option.name] = Kind.LIST if getattr(option, "multiple", False) else single
+            single = bool if getattr(option, "is_flag", False) else str
+            kinds[option.name] = list if getattr(option, "multiple", False) else single
     return kinds
 
 
@@ -151,6 +151,16 @@ def needs_recipe(context: typer.Context) -> bool:
             "Add --recipe E8G1T2, or --expand 2 for an MoE.",
         )
     return False
+
+
+def check_pairs(context: typer.Context) -> None:
+    """Raise UpcycleError for an option without the one that it needs."""
+    defaults = {each.name: each.default for each in context.command.params}
+    for needed, names in _NEEDS.items():
+        given = [name for name in names if context.params[name] != defaults[name]]
+        if given and not context.params[needed]:
+            words = "need" if len(given) > 1 else "needs"
+            raise UpcycleError(f"{_flags(given)} {words} {_flags([needed])}.")
 
 
 def file_of(value: str, names: type[StrEnum]) -> Path | None:
@@ -185,42 +195,21 @@ def to_options(moe: MoeOptions) -> Options:
     """Return the options for the output files; UpcycleError for a bad size."""
     from upcycle_cli.plan.output import Options
 
-    layout = moe.expert_layout
     return Options(
         dtype=None if moe.dtype == "auto" else moe.dtype,
-        expert_layout=None if layout is None else member(ExpertLayout, layout, "expert_layout"),
-        max_shard_bytes=_number(
-            "--max-shard-size", moe.max_shard_size, _SIZE, "a size; write 5GB or 500MB"
-        ),
+        expert_layout=moe.expert_layout,
+        max_shard_bytes=_number("max_shard_size", moe.max_shard_size, _SIZE),
         untie_embeddings=moe.untie_embeddings,
     )
 
 
-def to_merge(experts_from: list[Path], rest: str, *, source_too: bool) -> MergeRequest | None:
-    """Return the models to merge, None for a single one; UpcycleError for options without them."""
-    from upcycle_cli.plan.merge import MergeRequest, NonExpertWeights
+def to_destination(repo: str | None, **options: Any) -> Destination | None:  # noqa: ANN401
+    """Return where to push, with options of a Destination; None for nowhere."""
+    if repo is None:
+        return None
+    from upcycle_cli.publish.push import Destination
 
-    kept = member(NonExpertWeights, rest, "rest")
-    if experts_from:
-        return MergeRequest(experts_from=experts_from, rest=kept, source_too=source_too)
-    if kept is not NonExpertWeights.FIRST or not source_too:
-        words = "--rest and --no-source-experts need several models."
-        raise UpcycleError(words, "Add --experts-from MODEL.")
-    return None
-
-
-def to_destination(
-    repo: str | None, *, revision: str | None, private: bool, create_pr: bool
-) -> Destination | None:
-    """Return where to push, None for nowhere; UpcycleError for push options without a repo."""
-    if repo is not None:
-        from upcycle_cli.publish.push import Destination
-
-        return Destination(repo=repo, revision=revision, private=private, create_pr=create_pr)
-    if private or create_pr or revision is not None:
-        words = "--private, --create-pr and --push-revision need --push-to-hub."
-        raise UpcycleError(words, "Add --push-to-hub ORG/NAME.")
-    return None
+    return Destination(repo=repo, **options)
 
 
 def to_budget(
@@ -231,11 +220,10 @@ def to_budget(
         return None
     from upcycle_cli.plan.budget import Budget
 
-    words = "a size; write 80GB or 80GB×8"
     return Budget(
-        max_params=_count("--max-params", max_params),
-        max_active=_count("--max-active", max_active),
-        gpu_bytes=None if memory is None else _number("--gpu-memory", memory, _MEMORY, words),
+        max_params=None if max_params is None else _number("max_params", max_params, _COUNT),
+        max_active=None if max_active is None else _number("max_active", max_active, _COUNT),
+        gpu_bytes=None if memory is None else _number("gpu_memory", memory, _MEMORY),
     )
 
 
@@ -259,19 +247,19 @@ def convert_command(context: typer.Context, recipe: str) -> str:
     words += ["--recipe", recipe]
     for name in _given(context, *_WITH_BUDGET, "revision"):
         value = context.params[name]
-        words += [_flag(name)] if value is True else [_flag(name), str(value)]
+        words += [_flags([name]), *([] if value is True else [str(value)])]
     return shell_line(words)
 
 
 def _check_conflicts(context: typer.Context, allowed: Sequence[str], words: str) -> None:
     names = [each.name for each in fields(MoeOptions) if each.name not in allowed]
     if given := _given(context, *names):
-        able = ", ".join(_flag(name) for name in allowed if name != "expand")
-        raise UpcycleError(f"{words} {', '.join(map(_flag, given))}.", f"It takes {able}.")
+        able = _flags(name for name in allowed if name != "expand")
+        raise UpcycleError(f"{words} {_flags(given)}.", f"It takes {able}.")
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _flags(names: Iterable[str]) -> str:
+    return with_flags(", ".join(f"`{name}`" for name in names))
 
 
 def _recipe_sizes(context: typer.Context) -> dict[str, int]:
@@ -286,26 +274,21 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
                 raise UpcycleError(words, "Use one or the other.")
             given = dict(zip(_SIZES, parse_recipe_name(given["recipe"]), strict=True))
         found |= given
-    missing = [_flag(name) for name in _SIZES if name not in found]
-    if missing:
+    if missing := [name for name in _SIZES if name not in found]:
         raise UpcycleError(
-            f"{' and '.join(missing)} missing." if found else "no recipe is given.",
+            f"{_flags(missing)} missing." if found else "no recipe is given.",
             "Add --recipe E8G1T2 (8 experts, 2 active), or --expand 2 to grow an MoE.",
         )
     return found
 
 
-def _count(flag: str, text: str | None) -> int | None:
-    words = "a number of parameters; write 50B or 700M"
-    return None if text is None else _number(flag, text, _COUNT, words)
-
-
-def _number(flag: str, text: str, unit: str, wanted: str) -> int:
+def _number(name: str, text: str, kind: tuple[str, str]) -> int:
     """Read a number with a unit of a thousand, a million and so on, such as 5GB or 80GB×8."""
+    unit, wanted = kind
     pattern = rf"\s*(\d{{1,12}}(?:\.\d{{1,6}})?)\s*{unit}\s*"
     match = re.fullmatch(pattern, text, re.IGNORECASE)
     if match is None:
-        raise UpcycleError(f"{flag} '{text}' is not {wanted}.")
+        raise UpcycleError(f"{_flags([name])} '{text}' is not {wanted}.")
     number, prefix, binary, times = match.groups()
     power = " KMGT".index(prefix.upper().replace("B", "G") or " ")
     return int(float(number) * (1024 if binary else 1000) ** power) * int(times or 1)

@@ -10,8 +10,8 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import is_in, read_small, write_whole
@@ -20,51 +20,42 @@ from upcycle_cli.core.text import choose_from, shell_line
 Value = str | int | float | bool | list[str]
 
 
-class Kind(Enum):
-    """The kind of an option: it takes a value, no value, or several values."""
-
-    VALUE = "value"
-    FLAG = "flag"
-    LIST = "list"
-
-
+_TAKES = {str: "a string or a number", bool: "true or false", list: "a list of strings"}
 _MOST_BYTES = 1_000_000  # more than any recipe file has
 
 
-def load_config(path: Path, known: Mapping[str, Kind]) -> dict[str, Value]:
-    """Return the options of a recipe file by the names of `known`; raises UpcycleError."""
-    raw = read_small(path, _MOST_BYTES)
+def load_config(path: Path, known: Mapping[str, type]) -> dict[str, Value]:
+    """Return the options of a recipe file; raises UpcycleError.
+
+    `known` has the type that each option takes: str, also for numbers, bool or list.
+    """
+    text = read_small(path, _MOST_BYTES).decode(errors="surrogateescape")
     try:
-        content = json.loads(raw) if _is_json(path) else tomllib.loads(raw.decode())
+        content = json.loads(text) if _is_json(path) else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         kind = "JSON" if _is_json(path) else "TOML"
         raise UpcycleError(f"{path} is not valid {kind}: {error}.") from error
     if not isinstance(content, dict):
         raise UpcycleError(f"{path} does not hold a JSON object.")
-    values: dict[str, Value] = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in known:
             options = sorted(option.replace("_", "-") for option in known)
             raise UpcycleError(f"{path}: '{key}' is not an option.", choose_from(key, options))
-        if known[name] is Kind.LIST:
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise UpcycleError(f"{path}: {key} must be a list of strings.")
-            values[name] = value
-            continue
-        if not isinstance(value, str | int | float | bool):
-            raise UpcycleError(f"{path}: {key} must be a string, a number, true or false.")
-        if isinstance(value, bool) and known[name] is not Kind.FLAG:
-            raise UpcycleError(f"{path}: {key} is not an option that is true or false.")
-        # Text, as on the command line: the option parses its own numbers.
-        values[name] = value if isinstance(value, bool) else str(value)
+        # Numbers become text, as on the command line: the option parses its own.
+        given = str(value) if type(value) in (int, float) else value
+        items = given if isinstance(given, list) else []
+        if type(given) is not known[name] or not all(isinstance(item, str) for item in items):
+            raise UpcycleError(f"{path}: {key} must be {_TAKES[known[name]]}.")
+        values[name] = given
     return values
 
 
 def save_config(
     path: Path,
     values: Mapping[str, Value],
-    known: Mapping[str, Kind],
+    known: Mapping[str, type],
     *,
     keep_out_of: Sequence[Path],
 ) -> None:
@@ -91,15 +82,10 @@ def save_config(
         raise UpcycleError(
             f"{path} exists and is not a recipe file; it is not replaced.", "Name another file."
         )
-    try:
-        write_whole(path.absolute(), text.encode())
-    except UnicodeEncodeError as error:
-        raise UpcycleError(
-            f"{path} cannot hold a name that is not UTF-8.", "Leave out `save_config`."
-        ) from error
+    write_whole(path.absolute(), text.encode(errors="surrogateescape"))
 
 
-def _is_recipe(path: Path, known: Mapping[str, Kind]) -> bool:
+def _is_recipe(path: Path, known: Mapping[str, type]) -> bool:
     """Whether `load_config` can read a file that names a source."""
     with suppress(OSError, UpcycleError):
         return not path.is_symlink() and "source" in load_config(path, known)

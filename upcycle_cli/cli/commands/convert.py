@@ -66,6 +66,7 @@ def convert(
     """
     source, output = values.places(context, source, output)  # before the slow imports
     from upcycle_cli.api import Request, carry_out, preview
+    from upcycle_cli.plan.merge import MergeRequest
     from upcycle_cli.write.distributed import Team
     from upcycle_cli.write.writer import WriteOptions
 
@@ -76,6 +77,7 @@ def convert(
         team,
         progress_bar(screen, silent=screen.silent),
     ):
+        values.check_pairs(context)
         if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
             moe = replace(moe, router_init=RouterInit.PROMPTS)
         request = Request(
@@ -96,7 +98,9 @@ def convert(
             push=values.to_destination(
                 push_to_hub, revision=push_revision, private=private, create_pr=create_pr
             ),
-            merge=values.to_merge(experts_from, rest, source_too=source_experts),
+            merge=MergeRequest(experts_from=experts_from, rest=rest, source_too=source_experts)
+            if experts_from
+            else None,
         )
         hooks = screen if team.leads else Hooks()
         if dry_run:
