@@ -41,7 +41,8 @@ class Arm:
         """The experts of a virtual group: G minus the shared ones."""
         if self.recipe is None:
             return 1
-        return Recipe(self.recipe).granularity - int(self.convert.get("shared_experts", 0))
+        recipe = self.to_recipe(seed=0)
+        return recipe.granularity - recipe.shared_experts
 
     def to_recipe(self, seed: int) -> Recipe:
         """Return the whole recipe."""
