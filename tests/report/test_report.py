@@ -20,7 +20,14 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.report.contents import inspection_html, verification_html
 from upcycle_cli.report.page import check_report_file
-from upcycle_cli.verification.result import CheckResult, LayerMeasure, Report, Status, TextMeasure
+from upcycle_cli.verification.result import (
+    TRAINED,
+    CheckResult,
+    LayerMeasure,
+    Report,
+    Status,
+    TextMeasure,
+)
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -122,7 +129,12 @@ def test_a_passed_verification(found: Report, e2g2t2: Path) -> None:
     page = Page(html)
     assert "✓ passed The MoE computes the function of the dense model" in page.text
     assert "Not checked" not in page.text
-    for words in ("Recipe and factors", "Errors and routing", "Expert load", "Origin"):
+    for words in (
+        "recipe E2G2T2 target mixtral",
+        "Errors and routing",
+        "have equal loads",
+        "Origin",
+    ):
         assert words in page.text
     for check in found.checks:
         assert " ".join(check.detail.split()) in page.text
@@ -151,6 +163,18 @@ def test_other_verdicts(status: str, promise: str | None, sign: str, words: str)
     assert "Not checked: directory, " in page.text
     assert "a tensor" in page.text
     assert "Errors and routing" not in page.text
+
+
+def test_a_trained_moe_is_no_mystery() -> None:
+    failure = f"{TRAINED}: 3 of 4 tensors changed"
+    check = CheckResult(name="weights", status=Status.FAILED, detail="", failures=(failure,))
+    assert "was trained after its conversion" in Page(html_of(Report(checks=(check,)))).text
+
+
+def test_tokens_of_one_character_are_one_word() -> None:
+    text = TextMeasure(tokens=["", "", "港", "x"], kl=[0.5, 1e-9, 0.0, 0.0])
+    html = html_of(report_of(layer(0), texts=(text,)))
+    assert '<span class="k4" title="KL 0.5">港</span><span title="KL 0">x</span>' in html
 
 
 def test_an_unreadable_moe(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
@@ -274,14 +298,14 @@ def test_the_commands_write_pages(
     file.write_text("an older one")
     damaged = clone(e2g2t2, tmp_path / "damaged", num_local_experts=7)
     for code, words, *command in (
-        (0, "--checks directory", "verify", llama, e2g2t2, "--checks", "directory", "--json"),
+        (0, "--checks directory", "verify", llama, e2g2t2, "--checks", "directory", "--json-full"),
         (1, "✗ failed", "verify", llama, damaged, "--checks", "directory"),
         (0, "Inspection of a Mixture of Experts", "inspect", e2g2t2, "--json"),
     ):
         done = run_cli(*command, "--report", file)
         assert done.returncode == code, done.stderr
         assert words in Page(file.read_text("utf-8")).text
-        if "--json" in command:
+        if str(command[-1]).startswith("--json"):
             validate_json(str(command[0]), done.stdout)
         else:
             assert f"Wrote {file}." in done.stderr.replace("\n", "")

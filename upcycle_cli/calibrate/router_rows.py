@@ -75,13 +75,10 @@ def centroids(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Arra
 
 
 def prompted(inputs_PH: Array, weights_EP: Array, recipe: Recipe, stream: str) -> Array:
-    """Return the mean input of each row's prompts, without the directions that all prompts share.
-
-    `weights_EP` has the weight of each position in a row's mean, negative for negative prompts. The
-    mean over the rows is removed, since it shifts all logits of a token equally, and the mean of
-    all inputs, since one row would win for every token. Rows are scaled as in `balanced`.
-    """
-    rows_EH = weights_EP @ inputs_PH
+    """Return the mean input of each row's prompts, without what all prompts or inputs share."""
+    rows_EH = weights_EP @ inputs_PH  # negative prompts have negative weights
+    # The mean of the rows shifts all logits of a token alike; along the mean input one row would
+    # win for every token.
     rows_EH = rows_EH - rows_EH.mean(0)
     mean_H = inputs_PH.mean(0)
     length = np.linalg.norm(mean_H)

@@ -66,10 +66,7 @@ def _by_layer(
     unit: str,
     words: str,
 ) -> Section:
-    """Return a section with a plot of the columns that end in *, and a table of all columns.
-
-    Columns that are not plotted, or that do not vary, are described in words.
-    """
+    """Return a section with a table of all columns, and a plot of the columns that end in *."""
     numbers = [each.layer for each in layers]
     values = {name.removesuffix("*"): column for name, column in columns.items()}
     ranges = {name: f"{name} {spread(column, numbers)}" for name, column in values.items()}

@@ -96,10 +96,7 @@ class Run:
 
 
 class Span(NamedTuple):
-    """A part of a layer that has no module: from the input of `first` to the output of `last`.
-
-    `whole` computes the part for extra inputs (P, H) without calling hooks.
-    """
+    """From the input of `first` to the output of `last`; `whole` computes it for extra inputs."""
 
     first: Model
     last: Model

@@ -35,10 +35,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """How the experts of one layer differ from the dense MLP.
-
-    Errors are relative to the root mean square of the dense model's values.
-    """
+    """How the experts of a layer differ from the dense MLP; errors are relative to its rms."""
 
     layer: int
     added_rms: float
