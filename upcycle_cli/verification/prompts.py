@@ -97,7 +97,7 @@ def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> P
         text = (text * (context // len(text) + 1))[:context]
     rows = [text[begin : begin + length] for begin in range(0, len(text), length)]
     if not rows:
-        rows = [[] for _ in range(0, context or options.tokens, length)]
+        rows = [[] for _ in range(max(1, (context or options.tokens) // length))]
     if context is None and len(rows) * length - len(text) < min(_FEWEST_RANDOM, length):
         rows.append([])
     seed = int.from_bytes(hashlib.sha256(seed_bytes).digest()[:8], "little") >> 1  # torch takes 63
