@@ -11,7 +11,7 @@ from typing import Any
 from rich.text import Text
 from typer.core import TyperGroup
 
-from upcycle_cli.cli import options, terminal
+from upcycle_cli.cli import terminal
 
 FLAGS = ["-h", "--help", "--help-all"]
 _WIDEST = 100
@@ -54,8 +54,7 @@ def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, str, str, bool]]:  # no
     for name in command.list_commands(ctx) if isinstance(command, TyperGroup) else ():
         yield "Commands", name, command.get_command(ctx, name).help.split("\n")[0], False
     for each in command.get_params(ctx):
-        row = options.row_of(ctx.info_name, each.name)
-        panel, words = row.get("panel", _LAST), each.help or row["help"]
+        panel, words = getattr(each, "rich_help_panel", None) or _LAST, each.help
         if each.param_type_name == "argument":
             yield _FIRST, each.metavar, words, False
         elif "--help" in each.opts:
@@ -64,4 +63,4 @@ def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, str, str, bool]]:  # no
             name = ", ".join(sorted(filter(str.strip, each.opts or each.secondary_opts), key=len))
             name = name.replace("--", "--[no-]") if each.opts and each.secondary_opts else name
             name += "" if each.is_flag else f" {each.metavar}"
-            yield panel, name, words, row.get("more", False)
+            yield panel, name, words, each.hidden

@@ -9,42 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import typer
 
-_PATHS = {"FILE", "MODEL"}
-"""The metavars of options that take a path."""
+_NOT_IN_FILE = ("config", "from_mergekit", "save_config", "dry_run", "help")
 _TABLE = tomllib.loads(Path(__file__).with_name("options.toml").read_text(encoding="utf-8"))
-
-
-def options_of(command: str) -> Callable[..., Any]:
-    """Return the function that declares an option of a command, by name and default."""
-    rows = _TABLE[command]
-
-    def declare(name: str, default: object, **settings: Any) -> Any:  # noqa: ANN401 - typer's
-        row = rows[name] | settings
-        row.pop("more", None)
-        row["help"] = row["help"].replace("{default}", str(default))
-        if metavar := row.pop("argument", None):
-            return typer.Argument(default, metavar=metavar, **row)
-        flags, panel = row.pop("flags", ()), row.pop("panel", None)
-        if row.get("metavar") in _PATHS:
-            row.setdefault("parser", read_path)
-        return typer.Option(default, *flags, rich_help_panel=panel, **row)
-
-    return declare
-
-
-def row_of(command: str, name: str) -> dict[str, Any]:
-    """Return an option's row, empty for typer's own; `more` says that only --help-all shows it."""
-    for table in (command, "common", "moe"):
-        if row := _TABLE.get(table, {}).get(name):
-            more = row.get("more", False)
-            return {**row, "more": more is True or (more and command in more)}
-    return {}
-
-
 _FLAGS = {
     name: row.get("argument")
     or row.get("flags", [f"--{name.replace('_', '-')}"])[0].rpartition("/")[2]
@@ -65,57 +35,100 @@ def read_path(text: str) -> Path:
     return Path(text)
 
 
-_common, _moe = options_of("common"), options_of("moe")
-
-JSON = _common("json", False)
-QUIET = _common("quiet", False)
-REVISION = _common("revision", None)
-PRIVATE = _common("private", False)
-CREATE_PR = _common("create_pr", False)
-
-
 @dataclass(frozen=True, kw_only=True)
 class MoeOptions:
     """The options that describe the MoE to make; convert and inspect take them."""
 
-    recipe: str | None = _moe("recipe", None)
-    expand: int | None = _moe("expand", None)
-    target: str = _moe("target", "auto")
-    routing: str = _moe("routing", "auto")
-    layers: str | None = _moe("layers", None)
-    shared_experts: int = _moe("shared_experts", 0)
-    expansion: int | None = _moe("expansion", None)
-    granularity: int | None = _moe("granularity", None)
-    top_k: int | None = _moe("top_k", None)
-    router_init: str = _moe("router_init", "normal")
-    calibration: Path | None = _moe("calibration", None)
-    seed: int = _moe("seed", 0)
-    scaling: str = _moe("scaling", "exact")
-    scale_split: str | None = _moe("scale_split", None)
-    virtual_groups: bool = _moe("virtual_groups", True)
-    router_logit_std: float | None = _moe("router_logit_std", None)
-    neuron_order: str = _moe("neuron_order", "sliced")
-    noise: float = _moe("noise", 0.0)
-    reinit: float = _moe("reinit", 0.0)
-    dtype: str = _moe("dtype", "auto")
-    max_shard_size: str = _moe("max_shard_size", "5GB")
-    expert_layout: str | None = _moe("expert_layout", None)
-    untie_embeddings: bool = _moe("untie_embeddings", False)
+    recipe: str | None = None
+    expand: int | None = None
+    target: str = "auto"
+    routing: str = "auto"
+    layers: str | None = None
+    shared_experts: int = 0
+    expansion: int | None = None
+    granularity: int | None = None
+    top_k: int | None = None
+    router_init: str = "normal"
+    calibration: Path | None = None
+    seed: int = 0
+    scaling: str = "exact"
+    scale_split: str | None = None
+    virtual_groups: bool = True
+    router_logit_std: float | None = None
+    neuron_order: str = "sliced"
+    noise: float = 0.0
+    reinit: float = 0.0
+    dtype: str = "auto"
+    max_shard_size: str = "5GB"
+    expert_layout: str | None = None
+    untie_embeddings: bool = False
 
 
-def takes_moe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's parameter `moe` by the options of MoeOptions, one parameter each."""
-    options = inspect.signature(MoeOptions, eval_str=True).parameters
+def declared(command: Callable[..., None]) -> Callable[..., None]:
+    """Declare a command's parameters as options.toml describes them.
+
+    A parameter of the type MoeOptions is replaced by the fields of that class.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    moe = inspect.signature(MoeOptions, eval_str=True).parameters
+    found: list[inspect.Parameter] = []
+    for each in signature.parameters.values():
+        found += moe.values() if each.annotation is MoeOptions else [each]
+    takes_moe = len(found) > len(signature.parameters)
+    rows = _TABLE["common"] | _TABLE["moe"] | _TABLE[command.__name__]
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - as typer has them
-        moe = MoeOptions(**{name: values.pop(name) for name in options})
-        command(**values, moe=moe)
+        if takes_moe:
+            values["moe"] = MoeOptions(**{name: values.pop(name) for name in moe})
+        command(**values)
 
-    signature = inspect.signature(command, eval_str=True)
-    parameters: list[inspect.Parameter] = []
-    for each in signature.parameters.values():
-        parameters += options.values() if each.name == "moe" else [each]
+    parameters = [
+        _described(each, dict(rows[each.name]), command.__name__) if each.name in rows else each
+        for each in found
+    ]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
+
+
+def _described(each: inspect.Parameter, row: dict[str, Any], command: str) -> inspect.Parameter:
+    """Return a parameter as typer reads it; `hidden` leaves an option to --help-all."""
+    default = ... if each.default is each.empty else each.default
+    default = [] if get_origin(each.annotation) is list else default
+    row["help"] = row["help"].replace("{default}", str(default))
+    if Path in (each.annotation, *get_args(each.annotation)):
+        row["parser"] = read_path
+    more, panel, flags = (row.pop(key, ()) for key in ("more", "panel", "flags"))
+    if metavar := row.pop("argument", None):
+        return each.replace(default=typer.Argument(default, metavar=metavar, **row))
+    row |= {"hidden": more is True or command in more, "rich_help_panel": panel or None}
+    row["callback"] = use_file if row.get("is_eager") else None
+    return each.replace(default=typer.Option(default, *flags, **row))
+
+
+def use_file(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Make the values of a recipe file or a mergekit file the defaults of the other options."""
+    if path is None or context.resilient_parsing:
+        return path
+    values: dict[str, Any]
+    if option.name == "config":
+        from upcycle_cli.recipe.recipe_file import load_config
+
+        values = load_config(path, file_options(context))
+    else:
+        from upcycle_cli.plan.mergekit import read_mergekit
+
+        values = read_mergekit(path)
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def file_options(context: typer.Context) -> dict[str, type]:
+    """Return the options that a recipe file can set, and the type that each takes."""
+    kinds: dict[str, type] = {}
+    for option in context.command.params:
+        if option.name and option.name not in _NOT_IN_FILE:
+            single = bool if getattr(option, "is_flag", False) else str
+            kinds[option.name] = list if getattr(option, "multiple", False) else single
+    return kinds

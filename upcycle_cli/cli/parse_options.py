@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer  # noqa: TC002 - it reads the annotations of a callback
 
-from upcycle_cli.cli.options import MoeOptions, read_path, with_flags
+from upcycle_cli.cli.options import MoeOptions, file_options, read_path, with_flags
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import choose_from, shell_line
 from upcycle_cli.recipe.recipe import (
@@ -31,16 +31,15 @@ if TYPE_CHECKING:
     from upcycle_cli.recipe.recipe_file import Value
 
 _SIZES = ("expansion", "granularity", "top_k")
-_NOT_IN_FILE = ("config", "from_mergekit", "save_config", "dry_run", "help")
 _NOT_SAVED = (*_SIZES, "json", "quiet")
 """The recipe has the first three; the others belong to one run."""
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
+_WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 _NEEDS = {
     "experts_from": ("rest", "source_experts"),
     "push_to_hub": ("push_revision", "private", "create_pr"),
 }
 """The options that make sense with another one only."""
-_WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 
 # Each with groups for the prefix of the unit, for binary units, and for a factor.
 _COUNT = r"([KMBT]?)()()", "a number of parameters; write 50B or 700M"
@@ -49,23 +48,6 @@ _MEMORY = r"([KMGT]?)(I?)B?\s*(?:[x×*]\s*(\d{1,6}))?", "a size; write 80GB or 8
 
 
 # Sources ------------------------------------------------------------------------------------------
-
-
-def use_file(context: typer.Context, option: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Make the values of a recipe file or a mergekit file the defaults of the other options."""
-    if path is None or context.resilient_parsing:
-        return path
-    values: dict[str, Value]
-    if option.name == "config":
-        from upcycle_cli.recipe.recipe_file import load_config
-
-        values = load_config(path, _file_options(context))
-    else:
-        from upcycle_cli.plan.mergekit import read_mergekit
-
-        values = {**read_mergekit(path)}
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
 
 
 def _source_of(context: typer.Context, name: str) -> str:
@@ -97,7 +79,7 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     from upcycle_cli.recipe.recipe_file import save_config
     from upcycle_cli.write.staging import partial_of
 
-    given, known = context.params, _file_options(context)
+    given, known = context.params, file_options(context)
     values = {
         name: _saved_value(given[name])
         for name in known
@@ -120,16 +102,6 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     output = given["output"]
     keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
     save_config(path, values, known, keep_out_of=keep_out_of)
-
-
-def _file_options(context: typer.Context) -> dict[str, type]:
-    """Return the options that a recipe file can set, and the type that each takes."""
-    kinds: dict[str, type] = {}
-    for option in context.command.params:
-        if option.name and option.name not in _NOT_IN_FILE:
-            single = bool if getattr(option, "is_flag", False) else str
-            kinds[option.name] = list if getattr(option, "multiple", False) else single
-    return kinds
 
 
 def _saved_value(value: object) -> Value:

@@ -8,13 +8,12 @@ from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import print_json, stdout, talk, warn
 from upcycle_cli.core.text import printable, shell_line, size_text
 
-_option = options.options_of("clean")
 
-
+@options.declared
 def clean(
-    output: Path = _option("output", ..., parser=options.read_path),
-    yes: bool = _option("yes", False),
-    json: bool = options.JSON,
+    output: Path,
+    yes: bool = False,
+    json: bool = False,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
     from upcycle_cli.write.staging import partial_of

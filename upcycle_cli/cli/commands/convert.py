@@ -23,41 +23,35 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.write.distributed import Team
 
-_option = options.options_of("convert")
 
-
-@options.takes_moe_options
+@options.declared
 def convert(
     context: typer.Context,
-    source: Path | None = _option("source", None, parser=options.read_path),
-    output: Path | None = _option("output", None, parser=options.read_path),
+    source: Path | None = None,
+    output: Path | None = None,
     *,
     moe: MoeOptions,
-    allow_inexact: bool = _option("allow_inexact", False),
-    checksums: bool = _option("checksums", False),
-    experts_from: list[Path] = _option("experts_from", []),
-    from_mergekit: Path | None = _option(  # noqa: ARG001 - its callback has read it
-        "from_mergekit", None, callback=values.use_file, is_eager=True
-    ),
-    rest: str = _option("rest", "first"),
-    source_experts: bool = _option("source_experts", True),
-    positive_prompts: Path | None = _option("positive_prompts", None),
-    revision: str | None = options.REVISION,
-    push_to_hub: str | None = _option("push_to_hub", None),
-    push_revision: str | None = _option("push_revision", None),
-    private: bool = options.PRIVATE,
-    create_pr: bool = options.CREATE_PR,
-    verify: bool = _option("verify", False),
-    dry_run: bool = _option("dry_run", False),
-    overwrite: bool = _option("overwrite", False),
-    config: Path | None = _option(  # noqa: ARG001 - its callback has read it
-        "config", None, callback=values.use_file, is_eager=True
-    ),
-    save_config: Path | None = _option("save_config", None),  # noqa: ARG001 - see _Screen
-    workers: int = _option("workers", 0),
-    fsync: bool = _option("fsync", True),
-    json: bool = options.JSON,
-    quiet: bool = options.QUIET,  # noqa: ARG001 - see _Screen
+    allow_inexact: bool = False,
+    checksums: bool = False,
+    experts_from: list[Path],
+    from_mergekit: Path | None = None,  # noqa: ARG001 - see options.use_file
+    rest: str = "first",
+    source_experts: bool = True,
+    positive_prompts: Path | None = None,
+    revision: str | None = None,
+    push_to_hub: str | None = None,
+    push_revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    config: Path | None = None,  # noqa: ARG001 - see options.use_file
+    save_config: Path | None = None,  # noqa: ARG001 - see _Screen
+    workers: int = 0,
+    fsync: bool = True,
+    json: bool = False,
+    quiet: bool = False,  # noqa: ARG001 - see _Screen
 ) -> None:
     """Convert a dense model into a Mixture of Experts (MoE), or grow an MoE.
 

@@ -17,7 +17,6 @@ from upcycle_cli.cli.terminal import print_json, stderr, talk
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import shell_line
 
-_option = options.options_of("demo")
 _NEXT_STEPS = """
 The MoE computes what the dense model computes.
 Try your own model (a directory, or ORG/NAME on the Hub):
@@ -27,10 +26,11 @@ Try your own model (a directory, or ORG/NAME on the Hub):
 """
 
 
+@options.declared
 def demo(
     context: typer.Context,
-    directory: Path | None = _option("directory", None, parser=options.read_path),
-    json: bool = options.JSON,
+    directory: Path | None = None,
+    json: bool = False,
 ) -> None:
     """Make a small dense model, convert it to E8G1T2 and verify the result; needs no network."""
     folder = directory or Path(tempfile.mkdtemp(prefix="upcycle-demo-"))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from upcycle_cli.cli import options
 from upcycle_cli.cli.terminal import print_json, rows_table, show, talk
 
-_option = options.options_of("families")
 
-
+@options.declared
 def families(
-    name: str | None = _option("name", None),
+    name: str | None = None,
     *,
-    targets: bool = _option("targets", False),
-    json: bool = options.JSON,
+    targets: bool = False,
+    json: bool = False,
 ) -> None:
     """List the supported model types, or what one of them can become.
 

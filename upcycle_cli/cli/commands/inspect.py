@@ -19,28 +19,26 @@ if TYPE_CHECKING:
     from upcycle_cli.inspection.describe import Inspection
     from upcycle_cli.plan.budget import Budget
 
-_option = options.options_of("inspect")
 
-
-@options.takes_moe_options
+@options.declared
 def inspect(
     context: typer.Context,
-    path: Path = _option("path", ..., parser=options.read_path),
+    path: Path,
     *,
-    max_params: str | None = _option("max_params", None),
-    max_active: str | None = _option("max_active", None),
-    gpu_memory: str | None = _option("gpu_memory", None),
-    all_recipes: bool = _option("all_recipes", False),
-    targets: bool = _option("targets", False),
+    max_params: str | None = None,
+    max_active: str | None = None,
+    gpu_memory: str | None = None,
+    all_recipes: bool = False,
+    targets: bool = False,
     moe: MoeOptions,
-    weights: bool = _option("weights", False),
-    dense: Path | None = _option("dense", None),
-    experts_from: list[Path] = _option("experts_from", []),
-    load: Path | None = _option("load", None),
-    report: Path | None = _option("report", None),
-    revision: str | None = options.REVISION,
-    tensors: bool = _option("tensors", False),
-    json: bool = options.JSON,
+    weights: bool = False,
+    dense: Path | None = None,
+    experts_from: list[Path],
+    load: Path | None = None,
+    report: Path | None = None,
+    revision: str | None = None,
+    tensors: bool = False,
+    json: bool = False,
 ) -> None:
     """Show what a checkpoint is, or what converting it would make; reads headers only.
 

@@ -10,19 +10,18 @@ from upcycle_cli.cli.process import raise_signal
 from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.cli.terminal import print_json
 
-_option = options.options_of("push")
 
-
+@options.declared
 def push(
-    directory: Path = _option("directory", ..., parser=options.read_path),
-    repo: str = _option("repo", ...),
-    revision: str | None = _option("revision", None),
-    private: bool = options.PRIVATE,
-    create_pr: bool = options.CREATE_PR,
-    message: str | None = _option("message", None),
-    replace_card: bool = _option("replace_card", False),
-    json: bool = options.JSON,
-    quiet: bool = options.QUIET,
+    directory: Path,
+    repo: str,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    message: str | None = None,
+    replace_card: bool = False,
+    json: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Push a finished conversion to a repo on the Hugging Face Hub.
 

@@ -11,27 +11,26 @@ from upcycle_cli.cli.process import EXIT_ERROR, raise_signal
 from upcycle_cli.cli.progress import progress_bar
 from upcycle_cli.verification.result import TEXT_TOKENS
 
-_option = options.options_of("verify")
 
-
+@options.declared
 def verify(
-    dense: Path = _option("dense", ..., parser=options.read_path),
-    moe: Path = _option("moe", ..., parser=options.read_path),
-    experts_from: list[Path] = _option("experts_from", []),
-    router_init: Path | None = _option("router_init", None),
-    calibration: Path | None = _option("calibration", None),
-    checks: str = _option("checks", "directory,weights,outputs"),
-    prompts: Path | None = _option("prompts", None),
-    tokens: int = _option("tokens", TEXT_TOKENS),
-    context: int | None = _option("context", None),
-    fail_fast: bool = _option("fail_fast", False),
-    dense_revision: str | None = _option("dense_revision", None),
-    moe_revision: str | None = _option("moe_revision", None),
-    allow_inexact: bool = _option("allow_inexact", False),
-    report: Path | None = _option("report", None),
-    json: bool = options.JSON,
-    json_full: bool = _option("json_full", False),
-    quiet: bool = options.QUIET,
+    dense: Path,
+    moe: Path,
+    experts_from: list[Path],
+    router_init: Path | None = None,
+    calibration: Path | None = None,
+    checks: str = "directory,weights,outputs",
+    prompts: Path | None = None,
+    tokens: int = TEXT_TOKENS,
+    context: int | None = None,
+    fail_fast: bool = False,
+    dense_revision: str | None = None,
+    moe_revision: str | None = None,
+    allow_inexact: bool = False,
+    report: Path | None = None,
+    json: bool = False,
+    json_full: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Check that an MoE computes what its dense model computes; exit code 1 if it does not.
 
