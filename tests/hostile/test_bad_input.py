@@ -22,7 +22,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("convert DENSE OUT -r E999999999G999999999T999999999", "experts per layer|4096"),
     ("convert DENSE OUT -r E2G2T3", "not a multiple of granularity 2|2 or 4|--allow-inexact"),
     ("convert DENSE OUT -r E2G5T5", "48 is not divisible by granularity 5|4 or 6"),
-    ("convert DENSE OUT -r E2G2T2 --scaling=abc", "exact, paper, none, measured or a number"),
+    ("convert DENSE OUT -r E2G2T2 --scaling=abc", "exact, paper, none, measured, a number"),
     ("convert DENSE OUT -r E2G2T2 --scaling=1e308", "infinite"),
     # Infinite weights, or zeros that would tie every group.
     ("convert DENSE OUT -r E2G2T2 --router-logit-std=1e300", "overflow float32"),

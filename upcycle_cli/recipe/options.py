@@ -101,12 +101,13 @@ class Promise(StrEnum):
     """A starting point for training only."""
 
 
-def member(kind: type[_Choice], value: str, name: str) -> _Choice:
+def member(kind: type[_Choice], value: str, name: str, *others: str) -> _Choice:
     """Return the member that equals a string; UpcycleError, with the argument, for another one."""
     try:
         return kind(value)
     except ValueError:
-        raise UpcycleError(f"`{name}` cannot be {value!r}.", choose_from(value, kind)) from None
+        advice = choose_from(value, [*kind, *others])
+        raise UpcycleError(f"`{name}` cannot be {value!r}.", advice) from None
 
 
 @cache
@@ -123,9 +124,10 @@ def check_types(made: Any) -> None:  # noqa: ANN401 - a dataclass
     """
     for name, types in _types_of(made.__class__).items():
         value = getattr(made, name)
+        numbers = ("a number",) if float in types else ()
         for kind in types:
             if issubclass(kind, StrEnum) and type(value) is str:
-                value = member(kind, value, name)
+                value = member(kind, value, name, *numbers)
                 object.__setattr__(made, name, value)
         if type(value) not in types and (type(value) is not int or float not in types):
             wanted = any_of(kind.__name__ for kind in types if kind is not NoneType)
