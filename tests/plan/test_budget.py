@@ -14,38 +14,43 @@ from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoi
 from upcycle_cli.cli.parse_options import to_budget
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import targets_of
-from upcycle_cli.plan.budget import Budget, SharedChoices, SizedRecipe, fitting, suggestion
+from upcycle_cli.plan.budget import Budget, SizedRecipe, fitting, suggestion
 from upcycle_cli.recipe.recipe import SHIPPED
 
 if TYPE_CHECKING:
     from conftest import MakeDense
 
 UNTIED = Options(untie_embeddings=True)
-ROWS: list[tuple[str, SharedChoices, dict[str, Any]]] = [
-    *(("llama", SharedChoices(target=target), {}) for target in targets_of(DENSE["llama"])),
-    *((name, SharedChoices(target=SHIPPED), {}) for name in ("phi", "gpt2")),
-    ("llama", SharedChoices(target="mixtral", options=UNTIED), {"tie_word_embeddings": True}),
-    ("llama", SharedChoices(target=SHIPPED, recipe={"layers": "1"}), {"mlp_bias": True}),
-    ("llama", SharedChoices(target="qwen2_moe", recipe={"shared_experts": 2}), {}),
+ROWS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    *(("llama", target, {}, {}) for target in targets_of(DENSE["llama"])),
+    *((name, SHIPPED, {}, {}) for name in ("phi", "gpt2")),
+    ("llama", "mixtral", {"options": UNTIED}, {"tie_word_embeddings": True}),
+    ("llama", SHIPPED, {"layers": "1"}, {"mlp_bias": True}),
+    ("llama", "qwen2_moe", {"shared_experts": 2}, {}),
 ]
 
 
-@pytest.mark.parametrize(("name", "wanted", "config"), ROWS)
+@pytest.mark.parametrize(("name", "target", "choices", "config"), ROWS)
 def test_sizes_equal_those_of_the_plan(
-    make_dense: MakeDense, name: str, wanted: SharedChoices, config: dict[str, Any]
+    make_dense: MakeDense,
+    name: str,
+    target: str,
+    choices: dict[str, Any],
+    config: dict[str, Any],
 ) -> None:
     source = open_checkpoint(make_dense(name, **config))
-    fits = fitting(source, Budget(max_params=300_000), wanted)
+    fits = fitting(source, Budget(max_params=300_000), target=target, **choices)
+    common = {key: value for key, value in choices.items() if key != "options"}
     assert {fit.recipe.granularity for fit in fits[::7]} > {4, 8}
     for fit in fits[::7]:
         sizes = {name: getattr(fit.recipe, name) for name in ("expansion", "granularity", "top_k")}
-        recipe = Recipe(**sizes, **wanted.recipe)
-        plan = build_plan(recipe, source, target=wanted.target, options=wanted.options)
+        recipe = Recipe(**sizes, **common)
+        plan = build_plan(recipe, source, target=target, options=choices.get("options"))
         found = (plan.total_parameters, plan.active_parameters)
         assert (fit.total_parameters, fit.active_parameters) == found, recipe.name
         assert fit.flops_per_token == plan.flops_per_token
         assert fit.flops_ratio == pytest.approx(plan.flops_ratio, rel=1e-12)
-        assert fit.target == wanted.target
+        assert fit.target == target
 
 
 def test_list_the_recipes_that_fit(llama: Path) -> None:
@@ -85,8 +90,7 @@ def test_rank_by_what_was_measured(llama: Path) -> None:
     assert "no gradient" in fits["E8G8T8"].warnings["T = G"]
     for name, fit in fits.items():
         assert (fit.recipe.top_k == fit.recipe.granularity) == ("T = G" in fit.warnings), name
-    shared = SharedChoices(target="qwen2_moe", recipe={"shared_experts": 2})
-    for fit in fitting(source, Budget(), shared):
+    for fit in fitting(source, Budget(), target="qwen2_moe", shared_experts=2):
         assert (fit.recipe.rows_chosen == 1) == ("T = G - K" in fit.warnings)
         assert "no gradient" not in "".join(fit.warnings.values())  # softmax-topk has one
     for name, wanted in ("E64G1T1", "E8G1T2"), ("E4G1T2", "E4G1T2"), ("E2G1T1", "E2G1T1"):

@@ -24,7 +24,7 @@ from upcycle_cli.recipe.recipe import (
 )
 
 if TYPE_CHECKING:
-    from upcycle_cli.plan.budget import Budget, SharedChoices
+    from upcycle_cli.plan.budget import Budget
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.publish.push import Destination
@@ -199,17 +199,16 @@ def to_budget(
     )
 
 
-def to_shared_choices(moe: MoeOptions, context: typer.Context) -> SharedChoices:
+def to_shared_choices(moe: MoeOptions, context: typer.Context) -> dict[str, Any]:
     """Return what the recipes in a budget have in common; UpcycleError for a recipe's options."""
-    from upcycle_cli.plan.budget import SharedChoices
-
     _check_conflicts(context, _WITH_BUDGET, "a list of the recipes that fit takes no")
-    common = {
+    return {
+        "target": moe.target,
+        "options": to_options(moe),
         "routing": None if moe.routing == "auto" else moe.routing,
         "layers": moe.layers,
         "shared_experts": moe.shared_experts,
     }
-    return SharedChoices(target=moe.target, options=to_options(moe), recipe=common)
 
 
 def convert_command(context: typer.Context, recipe: str) -> str:

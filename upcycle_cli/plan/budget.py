@@ -7,7 +7,7 @@ counts the parameters alone: a KV cache and activations need more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -123,25 +123,20 @@ class SizedRecipe:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharedChoices:
-    """The choices that all recipes of a budget share."""
-
-    target: str = "auto"
-    options: Options = field(default_factory=Options)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """The fields of a Recipe except E, G and T."""
-
-
 def fitting(
-    source: Checkpoint, budget: Budget, wanted: SharedChoices | None = None
+    source: Checkpoint,
+    budget: Budget,
+    *,
+    target: str = "auto",
+    options: Options | None = None,
+    **common: Any,  # noqa: ANN401 - the fields of a Recipe except E, G and T
 ) -> tuple[SizedRecipe, ...]:
     """Return the recipes within a budget, the best first (see `SizedRecipe.rank`).
 
     E and G are powers of two, a token chooses 1, 2 or 4 whole groups, and a layer has at most 256
     experts. Raises UpcycleError when none fits, and as `build_plan` does.
     """
-    plans = _plans(source, wanted or SharedChoices())
+    plans = _plans(source, common, target=target, options=options)
     candidates = [fit for two, four in plans for fit in _fits(two, four, budget)]
     found = sorted(filter(budget.allows, candidates), key=lambda fit: fit.rank)
     if not found:
@@ -173,16 +168,17 @@ def suggestion(fits: Sequence[SizedRecipe]) -> tuple[SizedRecipe, str] | None:
     return None if best.trains is False else (best, reason)
 
 
-def _plans(source: Checkpoint, wanted: SharedChoices) -> Iterator[tuple[Plan, Plan]]:
+def _plans(
+    source: Checkpoint, common: Mapping[str, Any], *, target: str, options: Options | None
+) -> Iterator[tuple[Plan, Plan]]:
     """Yield plans of two and of four groups for each granularity that the model can have."""
-    shared, refusals = wanted.recipe.get("shared_experts", 0), list[UpcycleError]()
+    shared, refusals = common.get("shared_experts", 0), list[UpcycleError]()
     for granularity in _GRANULARITIES:
         sizes = {"granularity": granularity, "top_k": granularity - shared}
         try:
-            recipes = (Recipe(expansion=groups, **sizes, **wanted.recipe) for groups in (2, 4))
+            recipes = (Recipe(expansion=groups, **sizes, **common) for groups in (2, 4))
             two, four = (
-                build_plan(recipe, source, target=wanted.target, options=wanted.options)
-                for recipe in recipes
+                build_plan(recipe, source, target=target, options=options) for recipe in recipes
             )
             yield two, four
         except UpcycleError as error:

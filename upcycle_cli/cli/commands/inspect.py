@@ -104,7 +104,7 @@ def _rank(
 ) -> render.Ranking:
     from upcycle_cli.plan.budget import fitting
 
-    fits = fitting(found.checkpoint, budget, values.to_shared_choices(moe, context))
+    fits = fitting(found.checkpoint, budget, **values.to_shared_choices(moe, context))
     command = values.convert_command(context, fits[0].recipe.name)
     return render.Ranking(fits, budget.gpu_bytes, command)
 
