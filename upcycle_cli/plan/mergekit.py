@@ -46,7 +46,11 @@ def read_mergekit(path: Path) -> dict[str, Value]:
     experts = content.get("experts")
     if not isinstance(experts, list) or not experts:
         raise _refused(path, "experts", "must be a list of models")
-    places = [_expert(path, f"experts[{i}]", expert) for i, expert in enumerate(experts)]
+    places = []
+    for i, expert in enumerate(experts):
+        held = expert if isinstance(expert, dict) else {}
+        _check_keys(path, held, _EXPERT, f"experts[{i}].")
+        places.append(place_of(held.get("source_model"), path, f"experts[{i}].source_model"))
     top_k = content.get("experts_per_token", 2)
     if type(top_k) is not int or top_k < 1:
         raise _refused(path, "experts_per_token", f"must be a positive integer, not {shown(top_k)}")
@@ -68,13 +72,6 @@ def read_mergekit(path: Path) -> dict[str, Value]:
             raise _refused(path, key, f"is {shown(value)}; use {', '.join(meanings)}")
         found |= meaning
     return found
-
-
-def _expert(path: Path, key: str, expert: object) -> str:
-    if not isinstance(expert, dict):
-        raise _refused(path, key, "must have a source_model")
-    _check_keys(path, expert, _EXPERT, f"{key}.")
-    return place_of(expert.get("source_model"), path, f"{key}.source_model")
 
 
 def _check_keys(path: Path, given: dict[Any, Any], known: tuple[str, ...], at: str = "") -> None:

@@ -174,20 +174,10 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any value
 
 def place_of(value: object, path: Path, key: str = "source_model") -> str:
     """Return a model of a mergekit file in the form of `experts_from`; raises UpcycleError."""
-    held: Any = value
-    if isinstance(held, dict):
-        if odd := [name for name in held if name != "model" and held[name] is not None]:
-            raise UpcycleError(f"{path}: {key}.{odd[0]} is not supported.")
-        held = held.get("model")
-    if isinstance(held, dict):
-        name, revision = held.get("path"), held.get("revision")
-        held = name if revision is None else f"{name}@{revision}"
-    if not isinstance(held, str) or not held.strip():
-        raise UpcycleError(f"{path}: {key} must name a model, not {shown(value)}.")
-    if "+" in held and not Path(held).exists():
-        words = f"{path}: {key} is {shown(held)}"
-        raise UpcycleError(f"{words}: merge the adapter into its model first.")
-    return held
+    if isinstance(value, str) and value.strip() and ("+" not in value or Path(value).exists()):
+        return value
+    words = f"{path}: {key} must name a model, not {shown(value)}."
+    raise UpcycleError(words, "Write its directory, REPO or REPO@REVISION; merge adapters first.")
 
 
 def read_prompts(path: Path) -> Prompts:
@@ -213,10 +203,7 @@ def _prompts(path: Path, items: Sequence[tuple[str, Any]]) -> Iterator[ModelProm
             raise UpcycleError(f"{path}: {model} has {shown(min(odd))}, which is unknown.", _FORM)
         positive, negative = (held.get(key) or [] for key in _KINDS)
         for key, texts in zip(_KINDS, (positive, negative), strict=True):
-            if not isinstance(texts, list) or not all(
-                isinstance(t, str) and t.strip() for t in texts
-            ):
+            are_texts = isinstance(texts, list) and all(isinstance(t, str) and t for t in texts)
+            if not are_texts or not positive:
                 raise UpcycleError(f"{path}: {key} of {model} must be a list of texts.", _FORM)
-        if not positive:
-            raise UpcycleError(f"{path}: {model} has no positive prompts.", _FORM)
         yield ModelPrompts(model, tuple(positive), tuple(negative))
