@@ -5,18 +5,15 @@ A warning says what happens and what to do about it.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.models.engines import Support
 from upcycle_cli.plan.expressions import Expr, source_names, type_of
-from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.recipe.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, Routing
+from upcycle_cli.recipe.recipe import TIE_LOGIT_STD, Promise, Routing
 
-_FP16_SMALLEST_NORMAL = 2.0**-14
 _LEAST_NOISE = {"BF16": 1e-3, "F16": 1e-4}
 """A quarter of a weight's rounding error, relative to the matrix's standard deviation."""
 _NOTABLE_SHARE = 1e-3
@@ -56,8 +53,6 @@ def training_warnings(plan: Plan) -> Iterator[str]:
     grouped = recipe.virtual_groups or recipe.group_size == 1
     if grouped and recipe.routing is not Routing.SOFTMAX_TOPK and recipe.top_k == recipe.group_size:
         yield _no_gradient(plan)
-    if recipe.neuron_order is not NeuronOrder.SLICED and recipe.group_size == 1:
-        yield "each expert has all neurons of the dense MLP, so their order changes nothing."
     if recipe.trains_tied and recipe.routing is Routing.SOFTMAX_TOPK and not target.ships_code:
         yield (
             "the first steps of training split virtual groups, which loses the dense model's "
@@ -107,7 +102,6 @@ def _no_gradient(plan: Plan) -> str:
 
 def _storage_warnings(plan: Plan) -> Iterator[str]:
     recipe, dtype, size = plan.recipe, plan.expert_dtype, plan.expert_size
-    std = recipe.router_logit_std or 1.0
     scale = plan.factors.output(plan.family.dense.mlp_kind)
     if dtype == "F16" and scale > 1:
         yield (
@@ -121,17 +115,6 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
         yield (
             f"rows of experts {size} wide have {size * 2} bytes, but the grouped matrix product of "
             "transformers needs multiples of 16. Use another granularity."
-        )
-    router_dtype = next(tensor.dtype for tensor in plan.tensors if tensor.role is Role.ROUTER)
-    row_std = std / math.sqrt(plan.family.dense.hidden_size)
-    if router_dtype == "F16" and row_std < _FP16_SMALLEST_NORMAL:
-        words = f"router weights of about {row_std:.0e} lose precision in float16"
-        yield f"{words}. Use bfloat16 or a larger `router_logit_std`."
-    shared = plan.target.shared
-    if router_dtype == "F16" and recipe.shared_experts and shared and shared.router:
-        yield (
-            "float16 rounds the gate of the shared expert to 0. That is exact, but llama.cpp "
-            "divides by it. Use bfloat16 for llama.cpp."
         )
     if plan.promise is Promise.EXACT and plan.rounded_parts and dtype != "F32":
         part = plan.rounded_parts[-1]
