@@ -226,7 +226,7 @@ def test_grow_what_upcycle_made_and_name_the_two_steps(llama: Path, tmp_path: Pa
     report = verify(first, made, texts=FEW)
     assert (report.status, report.promise) == ("passed", "exact"), report
     steps = f"upcycle verify {llama} first && upcycle verify first '{made}'"
-    assert_refused(invoke("verify", llama, made), "has grown from the MoE first", steps)
+    assert_refused(invoke("verify", llama, made), "it grew from the MoE first", steps)
 
 
 MOE = "model.layers.0.block_sparse_moe"

@@ -119,14 +119,8 @@ def _record_text(record: Mapping[str, Any] | None) -> str:
         recipe, source = record.get("recipe", {}), record["source"]["name"]
         if isinstance(record.get("growth"), dict):
             return f"grown: each expert {record['growth']['expand']} times, from {source}"
-        groups = "group" if recipe["expansion"] == 1 else "groups"
-        groups = f"{recipe['expansion']} {groups} of {recipe['granularity']}"
-        if recipe.get("shared_experts"):
-            groups += f" shards, {recipe['shared_experts']} of them shared"
-        return (
-            f"{recipe['name']} ({groups}), {recipe['scaling']} scaling, {recipe['router_init']} "
-            f"rows, seed {recipe['seed']}, from {source}"
-        )
+        made = f"{recipe['name']}, {recipe['scaling']} scaling, {recipe['router_init']} rows"
+        return f"{made}, seed {recipe['seed']}, from {source}"
     except (AttributeError, KeyError, TypeError):
         return "unknown: upcycle.json is of another version"
 

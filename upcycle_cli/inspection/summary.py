@@ -158,7 +158,7 @@ def _inspect_moe(
             checkpoint.config,
             experts.routing,
             fused=fused,
-            every_layer=experts.every_layer,
+            layers=experts.layers,
             shared=experts.shares,
         ),
         trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),

@@ -112,11 +112,6 @@ class DenseFamily:
         """Whether a tensor is the text model's and not a wrapper's."""
         return self.inside is None or self.inside.is_text(name)
 
-    def norm_name(self, names: Collection[str], prefix: str) -> str | None:
-        """Return the weight of the norm before the MLP, within the layer with this prefix."""
-        norms = (self.norm,) if isinstance(self.norm, str) else self.norm or (None,)
-        return next((norm for norm in norms if norm and prefix + norm in names), norms[0])
-
     @property
     def classes(self) -> tuple[str, str, str]:
         """The names of transformers' config, base model and full model, or of the wrapper's."""
@@ -214,8 +209,9 @@ class DenseModel(Compact):
 
     def norm(self, names: Collection[str], layer: int) -> str | None:
         """Return the weight of the norm before a layer's MLP; `names` lists all tensors."""
-        norm = self.family.norm_name(names, self.prefix(layer))
-        return None if norm is None else self.prefix(layer) + norm
+        norm = self.family.norm
+        norms = [self.prefix(layer) + n for n in ((norm,) if isinstance(norm, str) else norm or ())]
+        return next((name for name in norms if name in names), norms[0] if norms else None)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

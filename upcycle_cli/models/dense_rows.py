@@ -48,18 +48,12 @@ def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigVal
         kinds = values.config.get("layer_types")
         if kinds is None:
             return tuple(window if slides(values, layer) else None for layer in range(count))
-        if not isinstance(kinds, list) or any(kind not in (FULL, SLIDING) for kind in kinds):
-            words = f"layer_types may hold {FULL} and {SLIDING}, not {shown(kinds)}"
-        elif len(kinds) != count:
-            words = f"layer_types has {len(kinds)} entries for {count} layers"
-        elif SLIDING in kinds and window is None:
-            words = (
-                "layer_types has sliding layers, but use_sliding_window is false or sliding_window "
-                "is null"
-            )
-        else:
-            return tuple(window if kind == SLIDING else None for kind in kinds)
-        raise UpcycleError(f"config.json: {words}.")
+        able = (FULL,) if window is None else (FULL, SLIDING)
+        if not isinstance(kinds, list) or len(kinds) != count or any(k not in able for k in kinds):
+            words = f"layer_types must hold {' or '.join(able)} for each of {count} layers"
+            used = "" if window else ", since no sliding_window is in use"
+            raise UpcycleError(f"config.json: {words}{used}, not {shown(kinds)}.")
+        return tuple(window if kind == SLIDING else None for kind in kinds)
 
     return windows
 

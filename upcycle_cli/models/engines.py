@@ -20,7 +20,7 @@ Settings may contain $num_experts, $parameters (the experts' weights) and $reach
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from string import Template
@@ -93,15 +93,16 @@ def engines_of(
     routing: Routing,
     *,
     fused: bool,
-    every_layer: bool,
+    layers: Sequence[int],
     shared: bool,
 ) -> tuple[Engine, ...]:
-    """Return the support of each tested engine for an MoE; `config` is the MoE's."""
+    """Return the support of each tested engine for an MoE; `config` and `layers` are the MoE's."""
     config = text_config_of(config)
+    mlps = target.layers.mlps(config) or target.num_layers(config)
     applies = {
         TIED: config.get("tie_word_embeddings", False),
         FUSED: fused,
-        SOME_LAYERS: not every_layer,
+        SOME_LAYERS: len(layers) < mlps,
         SCALED: config.get(target.keys.scale or "", 1.0) != 1.0,
         SHARED: shared,
     }

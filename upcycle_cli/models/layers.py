@@ -59,24 +59,20 @@ def format_layers(layers: _Layers) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def layer_finder(template: str) -> Callable[[str], int | None]:
-    """Return a function from a tensor's name to its layer; `template` is a layer's name prefix."""
-    start, end = template.split("{layer}")
-    pattern = re.compile(rf"{re.escape(start)}(\d+){re.escape(end)}")
-
-    def layer_of(name: str) -> int | None:
+def by_layer(names: Iterable[str], template: str) -> dict[int | None, list[str]]:
+    """Return tensors by layer, those of no layer under None; `template` is a layer's prefix."""
+    start, end = map(re.escape, template.split("{layer}"))
+    pattern, found = re.compile(rf"{start}(\d+){end}"), dict[int | None, list[str]]()
+    for name in names:
         match = pattern.match(name)
-        return None if match is None else int(match[1])
-
-    return layer_of
+        found.setdefault(match and int(match[1]), []).append(name)
+    return found
 
 
 @dataclass(frozen=True)
 class LayerChoice:
     """How configs of an architecture state which layers are mixtures of experts."""
 
-    keys: tuple[str, ...]
-    """The config keys that state it."""
     write: Callable[[_Layers, Sequence[str]], dict[str, Any]]
     """From the MoE layers, and the kinds of all dense layers, to config keys."""
     read: Callable[[_Config, int], Iterable[int]]
@@ -108,7 +104,8 @@ class LayerChoice:
         try:
             return tuple(self.read(config, count))
         except _INVALID as error:
-            values = ", ".join(f"{key} is {shown(config.get(key))}" for key in self.keys)
+            keys = self.write((0,), ("mlp",))
+            values = ", ".join(f"{key} is {shown(config.get(key))}" for key in keys)
             raise ValueError(f"which layers have experts is unclear: {values}") from error
 
 
@@ -119,7 +116,6 @@ _RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interv
 def _first_dense(key: str) -> LayerChoice:
     """Return the choice of configs with a `key` that counts the dense layers at the start."""
     return LayerChoice(
-        (key,),
         lambda layers, kinds: {key: len(kinds) - len(layers)},
         lambda config, count: [layer for layer in range(count) if layer >= config[key]],
         f"its dense layers can only be the first ones ({key})",
@@ -171,15 +167,11 @@ def _write_blocks(layers: _Layers, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 _ONLY_ALL = "all its layers are mixtures of experts"
-ALL = LayerChoice((), lambda *_: {}, lambda _, count: range(count), _ONLY_ALL)
-ALL_OR_NONE = LayerChoice(  # the model is dense if it has no experts
-    ("num_local_experts",),
-    lambda *_: {},
-    lambda config, count: range(count if config.get("num_local_experts", 1) else 0),
-    _ONLY_ALL,
+ALL = LayerChoice(lambda *_: {}, lambda _, count: range(count), _ONLY_ALL)
+ALL_OR_NONE = replace(  # the model is dense if it has no experts
+    ALL, read=lambda config, count: range(count if config.get("num_local_experts", 1) else 0)
 )
 ENABLED = LayerChoice(
-    ("enable_moe_block",),
     lambda *_: {"enable_moe_block": True},
     lambda config, count: range(count if config["enable_moe_block"] else 0),
     _ONLY_ALL,
@@ -187,18 +179,15 @@ ENABLED = LayerChoice(
 FIRST_K_DENSE = _first_dense("first_k_dense_replace")
 NUM_DENSE_LAYERS = _first_dense("num_dense_layers")
 MOE_LAYERS = LayerChoice(
-    ("moe_layers",),
     lambda layers, _: {"moe_layers": list(layers)},
     lambda config, count: [layer for layer in range(count) if layer in config["moe_layers"]],
 )
 MOE_RANGE = LayerChoice(
-    _RANGE_KEYS,
     _write_range,
     _read_range,
     "its experts can only be in a range of layers, or in 1, 3, 5, in 2, 5, 8 and so on of it",
 )
 MLP_ONLY_LAYERS = LayerChoice(
-    ("decoder_sparse_step", "mlp_only_layers"),
     lambda layers, kinds: {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer in range(len(kinds)) if layer not in layers],
@@ -206,7 +195,6 @@ MLP_ONLY_LAYERS = LayerChoice(
     _read_mlp_only,
 )
 MLP_TYPES = LayerChoice(
-    ("mlp_layer_types",),
     lambda layers, kinds: {
         "mlp_layer_types": ["sparse" if i in layers else "dense" for i in range(len(kinds))]
     },
@@ -221,7 +209,6 @@ MLP_TYPES_AND_FIRST_DENSE = replace(
     ),
 )
 BLOCK_TYPES = LayerChoice(
-    ("layers_block_type", "hybrid_override_pattern"),
     _write_blocks,
     lambda config, _: [i for i, kind in enumerate(block_types(config)) if kind == "moe"],
     count=lambda config: len(block_types(config)),

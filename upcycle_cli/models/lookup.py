@@ -50,7 +50,7 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
         why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
         raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
     _refuse_quantised(config)
-    return wrapped_family(config, names) if is_wrapper else DENSE[model_type]
+    return family_of(config, names)
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -126,17 +126,10 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
         rows = released, replace(released, layer=wrappers.LAYER_PREFIX)
         found = (row for row in rows if any(name.startswith(row.name_prefix) for name in names))
         return next(found, released)
-    family = upcycled_family(config, names)
+    family = family_of(config, names)
     activation = read_dense(family, wrappers.text_config_of(config)).activation
     biased = any(name.endswith("_proj_bias") for name in names)
     return shipped_target(family, activation, biased=biased)
-
-
-def upcycled_family(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
-    """Return the dense family of a model with shipped code; `names` are its tensors."""
-    if wrappers.wrapper_of(config) is not None:
-        return wrapped_family(config, names)
-    return DENSE[str(config["model_type"]).removeprefix(UPCYCLED_PREFIX)]
 
 
 def native_target(name: str, inside: wrappers.Inside | None) -> Target:
@@ -189,10 +182,15 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
     )
 
 
-def wrapped_family(config: Mapping[str, Any], names: Collection[str]) -> DenseFamily:
-    """Return the row of a wrapper's text model, with tensor names as in its checkpoint."""
+def family_of(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFamily:
+    """Return the dense family of a dense model, or of a model with shipped code.
+
+    Tensor names of a wrapper's text model are those of its checkpoint, which has the tensors
+    `names`.
+    """
     wrapper = wrappers.wrapper_of(config)
-    assert wrapper is not None
+    if wrapper is None:
+        return DENSE[str(config["model_type"]).removeprefix(UPCYCLED_PREFIX)]
     text_type = wrappers.text_config_of(config)["model_type"]
     if text_type not in wrapper.texts:
         raise UpcycleError(

@@ -40,12 +40,6 @@ class Experts:
     """The layers that are mixtures of experts."""
     num_layers: int
 
-    @property
-    def every_layer(self) -> bool:
-        """Whether every MLP is a mixture of experts."""
-        mlps = self.target.layers.mlps(text_config_of(self.moe.config))
-        return len(self.layers) == (self.num_layers if mlps is None else mlps)
-
     @cached_property
     def layout(self) -> ExpertLayout:
         """How the experts are named on disk."""

@@ -17,7 +17,7 @@ from typing import Any
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.layers import layer_finder
+from upcycle_cli.models.layers import by_layer
 from upcycle_cli.models.lookup import growable
 from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import MoeBlock
@@ -59,7 +59,6 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         routing=experts.routing,
         layers=experts.layers,
         num_layers=experts.num_layers,
-        every_layer=experts.every_layer,
         shares=experts.shares,
         expert_layout=layout,
         dense_parameters=source.num_parameters,
@@ -119,14 +118,11 @@ class _Grower:
     def tensors(self) -> Iterator[OutputTensor]:
         """Yield every tensor of the output; UpcycleError if the source has unexpected tensors."""
         source, target = self.experts.moe, self.experts.target
-        layer_of = layer_finder(target.layer)
-        by_layer: dict[int | None, list[str]] = {}
-        for name in source.tensors:
-            by_layer.setdefault(layer_of(name), []).append(name)
-        layers = {*range(self.experts.num_layers), *(each for each in by_layer if each is not None)}
+        held = by_layer(source.tensors, target.layer)
+        layers = {*range(self.experts.num_layers), *(each for each in held if each is not None)}
         growing = {layer: self._growing(layer) for layer in sorted(layers)}
-        self._check(by_layer, growing)
-        for layer, names in by_layer.items():
+        self._check(held, growing)
+        for layer, names in held.items():
             for name in names:
                 if layer is None or name not in growing[layer]:
                     yield OutputTensor.of(name, self._source(name), Role.COPIED, layer)
@@ -161,20 +157,20 @@ class _Grower:
 
     def _check(
         self,
-        by_layer: Mapping[int | None, Sequence[str]],
+        names: Mapping[int | None, Sequence[str]],
         growing: Mapping[int, Mapping[str, tuple[int, ...]]],
     ) -> None:
         """Raise UpcycleError unless each layer has the tensors of the first layer of its kind."""
         experts, target, tensors = self.experts, self.experts.target, self.experts.moe.tensors
         tied = bool(target.value(experts.moe.config, "tie_word_embeddings"))
-        wanted = {*by_layer.get(None, ()), *_ALWAYS, *(() if tied else (target.head,))}
+        wanted = {*names.get(None, ()), *_ALWAYS, *(() if tied else (target.head,))}
         first: dict[object, set[str]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, grows in growing.items():
             prefix = target.prefix(layer)
             # Unknown tensors beside the experts' weights, such as scales, could change the model.
             beside = tuple(re.sub(r"\d+\.\w+\.\w+$|\w+$", "", name) for name in grows)
-            own = {name for name in by_layer.get(layer, ()) if not name.startswith(beside)}
+            own = {name for name in names.get(layer, ()) if not name.startswith(beside)}
             kind = layer in experts.layers if layer < experts.num_layers else layer
             alike = first.setdefault(kind, {name.removeprefix(prefix) for name in own})
             wanted |= {prefix + name for name in alike}

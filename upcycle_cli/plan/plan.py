@@ -76,8 +76,6 @@ class Plan(Compact):
     layers: tuple[int, ...]
     """The layers that are mixtures of experts."""
     num_layers: int
-    every_layer: bool
-    """Whether every MLP is a mixture of experts."""
     shares: bool
     """Whether a shared expert computes something."""
     expert_layout: ExpertLayout
@@ -306,7 +304,7 @@ class Plan(Compact):
             self.config,
             self.routing,
             fused=self.expert_layout is ExpertLayout.FUSED,
-            every_layer=self.every_layer,
+            layers=self.layers,
             shared=self.shares,
         )
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from upcycle_cli.checkpoint.checkpoint import tensor_of
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.layers import layer_finder
+from upcycle_cli.models.layers import by_layer
 from upcycle_cli.models.mlp import BIAS, Weight, find_weight, locate, parts_of
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.merge import NonExpertWeights
@@ -64,14 +64,11 @@ class TensorMaker:
         """
         plan, dense, target = self._plan, self._dense, self._target
         embedding = dense.family.embedding
-        layer_of = layer_finder(dense.family.layer)
-        by_layer: dict[int | None, list[str]] = {}
-        for name in plan.source.tensors:
-            if name not in plan.dropped:
-                by_layer.setdefault(layer_of(name), []).append(name)
+        kept = (name for name in plan.source.tensors if name not in plan.dropped)
+        names = by_layer(kept, dense.family.layer)
         yield from self._copied(embedding)
         for layer in range(dense.num_layers):
-            own = by_layer.get(layer, [])
+            own = names.get(layer, [])
             replaced = {dense.prefix(layer) + weight.name for weight in self._mlps.get(layer, ())}
             for name in own:
                 if name not in replaced:
@@ -79,7 +76,7 @@ class TensorMaker:
             yield from self._zero_biases(layer, own)
             if layer in plan.layers:
                 yield from self._mixture(layer)
-        for name in by_layer.get(None, []):
+        for name in names.get(None, []):
             if name != embedding:
                 yield from self._copied(name)
         untied = target.head not in map(plan.family.name, plan.source.tensors)

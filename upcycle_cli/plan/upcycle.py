@@ -17,7 +17,6 @@ from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.choose import choose
-from upcycle_cli.models.mlp import parts_of
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.calibration import Calibration
@@ -95,7 +94,6 @@ def build_plan(
         routing=Routing(recipe.routing),
         layers=family.layers,
         num_layers=dense.num_layers,
-        every_layer=family.layers == dense.mlp_layers,
         shares=recipe.shared_experts > 0,
         expert_layout=row.check_layout(options.expert_layout, expert_size, hidden),
         dense_parameters=source.num_parameters
@@ -169,12 +167,7 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
 
 
 def _check_all_used(plan: Plan, tensors: Collection[OutputTensor]) -> None:
-    """Assert that every source tensor is used or dropped, and every part of the MLP is held."""
+    """Assert that every source tensor is used or dropped."""
     used = {model_of(name)[1] for tensor in tensors for name in source_names(tensor.expr)}
     unused = plan.source.tensors.keys() - used - plan.dropped.keys()
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
-    assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is planned twice"
-    # A shared expert can use a part as a sample that no routed expert holds.
-    mlp = plan.family.dense.mlp(plan.source.tensors, plan.layers[0])
-    lacking = {*parts_of(mlp)} - {part for tensor in tensors for part in tensor.parts}
-    assert not lacking, f"no expert holds {sorted(lacking)}"

@@ -8,7 +8,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.dense import DenseModel, why_unread
-from upcycle_cli.models.layers import layer_finder
+from upcycle_cli.models.layers import by_layer
 
 
 def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
@@ -70,25 +70,20 @@ def _regular(
 
     Each layer needs the tensors of the first layer of its kind, and the MLP of the family's row.
     """
-    layer_of = layer_finder(dense.family.layer)
-    by_layer: dict[int | None, dict[str, tuple[int, ...]]] = {}
-    for name, shape in held.items():
-        layer = layer_of(name)
-        start = 0 if layer is None else len(dense.prefix(layer))
-        by_layer.setdefault(layer, {})[name[start:]] = shape
-    shapes = by_layer.pop(None, {})
+    names = by_layer(held, dense.family.layer)
+    shapes = {name: held[name] for name in names.get(None, ())}
     hidden, width = dense.hidden_size, dense.intermediate_size
     if dense.family.embedding not in shapes:
         raise UpcycleError(f"{source.path} lacks {dense.family.embedding}.")
     shapes[dense.family.embedding] = (dense.values["vocab_size"], hidden)
     for layer, kind in enumerate(dense.kinds):
         alike = layer if dense.family.layers_differ else dense.kinds.index(kind)
-        wanted = dict(by_layer.get(alike, {}))
+        prefix, start = dense.prefix(layer), len(dense.prefix(alike))
+        shapes |= {prefix + name[start:]: held[name] for name in names.get(alike, ())}
         if layer in dense.mlp_layers:
             for weight in dense.mlp(held, layer):
-                wanted[weight.name] = weight.shape(width, hidden)
-            norm = dense.family.norm_name(held, dense.prefix(layer))
+                shapes[prefix + weight.name] = weight.shape(width, hidden)
+            norm = dense.norm(held, layer)
             if norm is not None:
-                wanted.setdefault(norm, (hidden,))
-        shapes |= {dense.prefix(layer) + name: shape for name, shape in wanted.items()}
+                shapes.setdefault(norm, (hidden,))
     return shapes

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
-from upcycle_cli.models.lookup import upcycled_family
+from upcycle_cli.models.lookup import family_of
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map, modeling_code
 from upcycle_cli.models.wrappers import wrapper_of
 
@@ -21,7 +21,7 @@ def _code_for(model_type: str) -> str:
     wrapper = wrapper_of({"model_type": model_type})
     if wrapper is not None:
         return modeling_code(wrapper.classes, wrapped=True)
-    return modeling_code(upcycled_family({"model_type": model_type}).classes)
+    return modeling_code(family_of({"model_type": model_type}).classes)
 
 
 @contextmanager
