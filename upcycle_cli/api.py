@@ -31,14 +31,13 @@ from upcycle_cli.plan.warnings import vanished_weights, warnings
 from upcycle_cli.recipe.recipe import Growth, Promise, Recipe, to_recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
-from upcycle_cli.write.staging import partial_of
+from upcycle_cli.write.staging import Staging, join, partial_of, publish, recover, transaction
 from upcycle_cli.write.writer import WriteOptions
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.merge import MergeRequest
     from upcycle_cli.publish.push import Destination, Push
     from upcycle_cli.verification.result import Report
-    from upcycle_cli.write.staging import Staging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +172,6 @@ def preview(request: Request, hooks: Hooks, team: Team) -> tuple[Plan, list[str]
 
 def execute(plan: Plan, request: Request, hooks: Hooks, team: Team) -> Conversion:
     """Write what the plan says and publish it as OUTPUT; UpcycleError leaves OUTPUT as it was."""
-    from upcycle_cli.write.transaction import recover, transaction
-
     started, output, overwrite = time.monotonic(), request.output.absolute(), request.overwrite
 
     def prepare() -> tuple[str | None, bool]:
@@ -279,7 +276,6 @@ def _make(
     from upcycle_cli.calibrate.collect import with_calibration
     from upcycle_cli.publish.card import model_card
     from upcycle_cli.write.record import write_checksums, write_metadata
-    from upcycle_cli.write.transaction import publish
 
     team.exchange(None)  # the directory exists: the other ranks join
     repo = None if request.push is None else request.push.repo
@@ -307,7 +303,6 @@ def _make(
 def _assist(plan: Plan, request: Request, team: Team) -> Conversion:
     """Write this rank's share of the shards; rank 0 does everything else."""
     from upcycle_cli.calibrate.collect import with_calibration
-    from upcycle_cli.write.transaction import join
 
     team.exchange(None)
     try:

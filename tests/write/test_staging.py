@@ -13,8 +13,14 @@ import pytest
 from upcycle_cli import UpcycleError
 from upcycle_cli.api import Conversion
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write.staging import MARKER, NOTE_SUFFIX, TEMPORARY_SUFFIX, new_of, partial_of
-from upcycle_cli.write.transaction import clean
+from upcycle_cli.write.staging import (
+    MARKER,
+    NOTE_SUFFIX,
+    TEMPORARY_SUFFIX,
+    clean,
+    new_of,
+    partial_of,
+)
 from upcycle_cli.write.writer import WriteOptions
 
 RECIPE, SHARD_BYTES = "E4G1T2", 40_000

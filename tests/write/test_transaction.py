@@ -14,9 +14,8 @@ import pytest
 from upcycle_cli import UpcycleError
 from upcycle_cli.core.errors import ResumableError
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.write import transaction as module
-from upcycle_cli.write.staging import aside_of, new_of, partial_of
-from upcycle_cli.write.transaction import clean
+from upcycle_cli.write import staging as module
+from upcycle_cli.write.staging import aside_of, clean, new_of, partial_of
 
 SHARD = "model-00001-of-00009.safetensors"
 BUSY = "another upcycle process is writing"

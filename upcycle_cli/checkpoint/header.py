@@ -87,23 +87,24 @@ def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[Ten
     metadata = header.pop("__metadata__", None)
     entries = []
     for name, info in header.items():
-        where = f"{file_path}: tensor {name}"
-        if not isinstance(info, dict):
-            raise UpcycleError(f"{where} is not described by a JSON object.")
-        dtype, shape, offsets = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            raise UpcycleError(f"{where} has an unknown dtype {shown(dtype)}.")
-        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-            words = f"shape {shown(shape)} and offsets {shown(offsets)}"
-            raise UpcycleError(f"{where} has an invalid {words}.")
-        begin, end = offsets
-        entry = TensorEntry(name, dtype, tuple(shape), shard_name, 8 + len(raw) + begin)
-        if end - begin != entry.nbytes:
-            raise UpcycleError(
-                f"{where}: {dtype} of shape {list(entry.shape)} needs {entry.nbytes} bytes, but "
-                f"its offsets span {end - begin}."
-            )
-        entries.append(entry)
+        dtype, shape, offsets = (
+            info.get(key) if isinstance(info, dict) else None
+            for key in ("dtype", "shape", "data_offsets")
+        )
+        if (
+            isinstance(dtype, str)
+            and dtype in ITEM_BYTES
+            and _are_sizes(shape)
+            and _are_sizes(offsets)
+            and len(offsets) == 2
+        ):
+            begin, end = offsets
+            entry = TensorEntry(name, dtype, tuple(shape), shard_name, 8 + len(raw) + begin)
+            if end - begin == entry.nbytes:
+                entries.append(entry)
+                continue
+        words = f"tensor {name} has an invalid dtype, shape or offsets: {shown(info)}"
+        raise UpcycleError(f"{file_path}: {words}.", _HINT)
     return entries, metadata
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -99,6 +100,19 @@ def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
         if isinstance(error, OSError):
             error.filename = os.fspath(path)  # the name that the user knows
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with everything in it."""
+    if is_directory(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def is_directory(path: Path) -> bool:
+    """Whether this is a directory and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def is_temporary(name: str) -> bool:

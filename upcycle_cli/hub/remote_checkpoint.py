@@ -156,14 +156,6 @@ class RepoStorage(Storage):
             patterns, bar = [escape(name) for name in missing], download_bar(nbytes)
             with hub_session(self.repo, self.commit), download_limit(nbytes):
                 run_interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
-        for name in names:
-            path, size = self.path / name, self.sizes.get(name, 0)
-            found = files.locate(self.path, name).stat().st_size
-            if found != size:
-                raise UpcycleError(
-                    f"{path} has {found:,} bytes, but {size:,} in {self.repo}.",
-                    f"Remove it, and run the command again: rm {path}",
-                )
 
     def bytes_to_download(self, names: Sequence[str]) -> int:
         """Return the total size of the files that are not in the cache."""

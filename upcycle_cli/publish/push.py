@@ -7,7 +7,7 @@ so the same command resumes a push that was interrupted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,7 +155,7 @@ def push(
         revision=revision,
         private=private,
         create_pr=create_pr,
-        message=message,
+        message=message or f"Upload {directory.resolve().name}",
         replace_card=replace_card,
     )
     # First, because it is faster than reading the files.
@@ -163,12 +163,12 @@ def push(
     found = _check_complete(directory)
     files = {name: directory / name for name in found.own}
     has_report = REPORT_NAME in files
-    card = card_for_repo(_read_card(files[CARD_NAME]), destination.repo, with_report=has_report)
+    card = card_for_repo(_read_card(files[CARD_NAME]), repo, with_report=has_report)
     with client.hub_session(destination.repo, destination.revision):
         info = _create_repo(destination)
         existing, head = client.file_sizes(info), client.checked_commit(info.sha)
         has_card = CARD_NAME in existing and not destination.replace_card
-        kept = _edited_card(head, card, destination) if has_card else None
+        kept = _edited_card(head, card, repo) if has_card else None
         if kept is not None:
             card = kept
             del files[CARD_NAME]
@@ -176,8 +176,6 @@ def push(
         if on_start is not None:
             on_start(len(files), nbytes)
         stale = sorted(name for name in existing.keys() - files if matches(name, _REPLACED))
-        message = destination.message or f"Upload {directory.resolve().name}"
-        destination = replace(destination, message=message)
         done = client.run_interruptibly(lambda: _commit(files, card, stale, destination))
         client.checked_commit(done.oid)
     url, branch = f"{client.endpoint()}/{destination.repo}", destination.revision
@@ -218,21 +216,6 @@ def _check_complete(directory: Path) -> Inventory:
     return found
 
 
-def _read_card(path: Path) -> str:
-    """Return the text of a card; UpcycleError when huggingface_hub cannot read it."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError  # type: ignore[import-untyped]  # huggingface_hub's own parser
-
-    try:
-        text = read_small(path, MOST_JSON_BYTES).decode()
-        ModelCard(text)
-    except (ValueError, YAMLError) as error:
-        raise UpcycleError(
-            f"{path} is not a valid model card: {client.error_text(error)}."
-        ) from error
-    return text
-
-
 def _create_repo(destination: Destination) -> ModelInfo:
     """Create the repo and the branch if necessary; return what they contain."""
     from huggingface_hub import HfApi
@@ -246,13 +229,16 @@ def _create_repo(destination: Destination) -> ModelInfo:
     return client.retry(lambda: api.model_info(repo, revision=revision))
 
 
-def _edited_card(commit: str, card: str, destination: Destination) -> str | None:
+def _edited_card(commit: str, card: str, repo: str) -> str | None:
     """Return the repo's card if somebody wrote or edited it; such a card is kept."""
     with client.download_limit(MOST_JSON_BYTES):
         # By its commit: the cache may know an older one for the branch.
-        path = client.retry(lambda: client.fetch(destination.repo, CARD_NAME, commit))
-    text = read_small(path, MOST_JSON_BYTES).decode(errors="replace")
+        text = _read_card(client.retry(lambda: client.fetch(repo, CARD_NAME, commit)))
     return text if is_edited(text) and text.strip() != card.strip() else None
+
+
+def _read_card(path: Path) -> str:
+    return read_small(path, MOST_JSON_BYTES).decode(errors="replace")
 
 
 def _commit(

@@ -21,15 +21,16 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
     ListedFile,
+    is_directory,
     listed_files,
     locate,
     open_regular,
     read_checksums,
     read_header,
     read_small,
+    remove,
     sha256_of,
 )
-from upcycle_cli.write.staging import is_directory, remove
 
 _HINT = "Move or remove it yourself if it is not needed."
 

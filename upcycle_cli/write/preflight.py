@@ -10,10 +10,10 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
-from upcycle_cli.core.safe_files import is_in, locate, open_regular
+from upcycle_cli.core.safe_files import is_directory, is_in, locate, open_regular
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership, take_inventory
-from upcycle_cli.write.staging import aside_of, disk_bytes, is_directory, partial_of
+from upcycle_cli.write.staging import aside_of, disk_bytes, partial_of
 
 _SPARE_BYTES = 4_000_000  # headers, config, card, record
 _LONGEST_NAME = 255  # bytes, on most file systems
@@ -44,7 +44,6 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         (is_in(target, origin), "is the source or inside it, which is never modified", elsewhere),
         (any(is_in(place, target) for place in places), "contains the source", elsewhere),
         (is_in(Path.cwd(), target), "is the current directory, or contains it", elsewhere),
-        (output.name in {"", ".."}, "does not name a directory", elsewhere),
         (is_mount, "is a mount point, which cannot be replaced by a rename", inside),
         (is_link, "is a symbolic link, which cannot be replaced by a directory", unlinked),
         (is_file, "exists and is not a directory", other),

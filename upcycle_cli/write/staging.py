@@ -1,35 +1,41 @@
-"""OUTPUT.partial, the staging directory of a conversion, and the state that is kept in it.
+"""The output as a transaction: complete under its name, or not there at all.
 
-The directory is real, ours, and private (mode 0700), or it is refused; so plain paths are safe
-inside it. Its folder `output` becomes OUTPUT. Beside that folder, a marker names the plan, and a
-note on each finished shard has its digest, which a later run compares with the bytes.
+Everything is written to OUTPUT.partial, the staging directory, made durable, and renamed to OUTPUT.
+An old output is renamed to OUTPUT.replaced first and removed last, so a kill at any moment leaves
+it complete under one of these names. A run that is cut short leaves OUTPUT.partial, and the same
+plan resumes from there.
+
+OUTPUT.partial is real, ours, and private (mode 0700), or it is refused; so plain paths are safe
+inside it. Its folder `output` becomes OUTPUT. Beside that folder, a marker names the plan and tells
+the next run what to do; it is removed last. A note on each finished shard has its digest, which a
+later run compares with the bytes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME
-from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.platform import lock, sync_tree
+from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
+from upcycle_cli.core.errors import ResumableError, UpcycleError
+from upcycle_cli.core.platform import lock, sync_directory, sync_tree
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
     MOST_LISTING_BYTES,
+    is_directory,
     is_temporary,
-    read_small,
+    remove,
     write_whole,
 )
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.write.ownership import check_ownership, record_digest, remove_output
 
 MARKER = ".upcycle-partial"
 CALIBRATION = ".upcycle-calibration"
@@ -61,11 +67,6 @@ class Staging:
     plan: Plan
     durable: bool
 
-    @cached_property
-    def plan_digest(self) -> str:
-        """The digest of the plan."""
-        return self.plan.digest
-
     @property
     def directory(self) -> Path:
         """The staging directory, which holds the state."""
@@ -89,7 +90,7 @@ class Staging:
     def noted(self, name: str) -> dict[str, Any]:
         """Return the note on a shard of this plan; empty without one."""
         found = read_state(self.directory / (name + NOTE_SUFFIX))
-        return found if found.get("plan_sha256") == self.plan_digest else {}
+        return found if found.get("plan_sha256") == self.plan.digest else {}
 
     def take_over(self, *, restart: bool) -> None:
         """Keep what an earlier run of this plan completed, and remove everything else.
@@ -97,16 +98,16 @@ class Staging:
         Raises UpcycleError if the directory belongs to another plan, unless `restart`.
         """
         digest = read_state(self.directory / MARKER).get("plan_sha256")
-        if digest not in (None, self.plan_digest) and not restart:
+        if digest not in (None, self.plan.digest) and not restart:
             clean = ["upcycle", "clean", "--yes", str(self.output)]
             raise UpcycleError(
                 f"{self.directory} holds an unfinished conversion of another recipe or source.",
                 f"Pass `overwrite=True` to start over, or remove it with `{shell_line(clean)}`.",
             )
-        calibration = [CALIBRATION] if digest == self.plan_digest else []
+        calibration = [CALIBRATION] if digest == self.plan.digest else []
         # The marker is written before any removal, so a kill leaves a directory known as ours. It
         # is not rewritten: a full disk may have no room for it.
-        if digest != self.plan_digest:
+        if digest != self.plan.digest:
             self._save(MARKER, {})
         noted = [shard.name for shard in self.plan.shards if self.noted(shard.name)]
         notes = [name + NOTE_SUFFIX for name in noted]
@@ -126,7 +127,7 @@ class Staging:
             sync_tree(self.directory)  # cheap: the weights are durable already
 
     def _save(self, name: str, value: dict[str, Any]) -> None:
-        data = json.dumps({"plan_sha256": self.plan_digest} | value).encode()
+        data = json.dumps({"plan_sha256": self.plan.digest} | value).encode()
         write_whole(self.directory / name, data, durable=self.durable)
 
 
@@ -139,29 +140,14 @@ def _keep_only(directory: Path, names: Collection[str]) -> None:
 def discard(partial: Path) -> None:
     """Remove a staging directory, and last the marker that says that it is one of ours."""
     _keep_only(partial, {MARKER})
-    shutil.rmtree(partial)
+    remove(partial)
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return what a marker or a note says; empty if it is missing or damaged."""
-    with suppress(OSError, UpcycleError, ValueError, RecursionError):
-        value = json.loads(read_small(path, MOST_LISTING_BYTES))
-        if isinstance(value, dict):
-            return value
+    with suppress(UpcycleError):
+        return read_json(path, MOST_LISTING_BYTES)
     return {}
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link, or a directory with everything in it."""
-    if is_directory(path):
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def is_directory(path: Path) -> bool:
-    """Whether this is a directory and no link to one."""
-    return path.is_dir() and not path.is_symlink()
 
 
 def disk_bytes(path: Path) -> int:
@@ -172,8 +158,12 @@ def disk_bytes(path: Path) -> int:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Check that a directory is a staging directory of ours, and hold its lock; UpcycleError."""
+    foreign = UpcycleError(
+        f"{path} exists and is not an unfinished conversion of upcycle.",
+        "Move it elsewhere, or choose another OUTPUT.",
+    )
     if not is_directory(path):
-        raise UpcycleError(f"{path} is a symbolic link or a file, not a directory.", "Remove it.")
+        raise foreign
     check_private(path)
     try:
         names = [inner.name for inner in path.iterdir()]
@@ -183,10 +173,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         # A kill can come before there is a marker.
         if MARKER not in names and not all(map(is_temporary, names)):
-            raise UpcycleError(
-                f"{path} exists and is not an unfinished conversion of upcycle.",
-                "Move it elsewhere, or choose another OUTPUT.",
-            )
+            raise foreign
         # The process that held the lock may have removed the directory meanwhile.
         if not lock(descriptor) or not _is_at(path, descriptor):
             raise UpcycleError(
@@ -217,3 +204,148 @@ def _is_at(path: Path, descriptor: int) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     return False
+
+
+@contextmanager
+def transaction(output: Path, plan: Plan, *, overwrite: bool, durable: bool) -> Iterator[Staging]:
+    """Yield a staging directory to fill and to `publish`; UpcycleError if it cannot be made.
+
+    The directory is removed if an UpcycleError shows that its content is useless, or if it is not
+    published. It stays if a signal or the system (a full disk) ends the run: the same plan resumes.
+    """
+    staging = Staging(output=output, plan=plan, durable=durable)
+    partial = staging.directory
+    with ExitStack() as entered:
+        try:
+            made = [parent for parent in output.parents if not parent.exists()]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            for parent in made if durable else ():
+                sync_directory(parent.parent)
+            with suppress(FileExistsError):
+                partial.mkdir(0o700)
+            entered.enter_context(locked(partial))
+        except OSError as error:
+            raise UpcycleError(f"cannot write {partial}: {error.strerror}.") from error
+        try:
+            staging.take_over(restart=overwrite)
+            try:
+                yield staging
+            except UpcycleError as error:
+                if not isinstance(error, ResumableError):
+                    with suppress(OSError):
+                        discard(partial)
+                raise
+        except OSError as error:
+            where = staging.path / str(error.filename2 or error.filename or output)
+            raise ResumableError(
+                f"writing {where} failed: {error.strerror}.",
+                f"Finished files stay in {partial}: the same command resumes from there.",
+            ) from error
+        with suppress(OSError):
+            discard(partial)
+
+
+def join(output: Path, plan: Plan, *, durable: bool) -> Staging:
+    """Return the staging directory that rank 0 has made; UpcycleError if it is another one."""
+    staging = Staging(output=output, plan=plan, durable=durable)
+    path = staging.directory
+    state = read_state(path / MARKER) if is_directory(path) else {}
+    if state.get("plan_sha256") != plan.digest:
+        raise UpcycleError(
+            f"{path} is not the directory that rank 0 writes to.",
+            "Run all ranks on one shared file system.",
+        )
+    check_private(path)
+    return staging
+
+
+def publish(staging: Staging, *, overwrite: bool) -> str | None:
+    """Rename the new folder to OUTPUT; return a warning if the old output was not removed.
+
+    Raises ResumableError or OSError; the old output is then as it was.
+    """
+    output = staging.output
+    try:
+        replaces = _seal(staging, overwrite=overwrite)
+    except UpcycleError as error:
+        hint = f"{error.hint or ''} The finished output stays in {staging.directory}: "
+        hint += "the same command publishes it."
+        raise ResumableError(error.message, hint.strip()) from error
+    if replaces is not None:
+        output.rename(aside_of(output))
+    try:
+        staging.path.rename(output)  # also onto an empty directory
+    except BaseException:
+        if replaces is not None:
+            aside_of(output).rename(output)
+        raise
+    if staging.durable:
+        sync_directory(output.parent)
+    return _finish(output, replaces)
+
+
+def _seal(staging: Staging, *, overwrite: bool) -> str | None:
+    """Make the new output ready; return the record digest of the old output, if there is one."""
+    output = staging.output
+    occupied = overwrite and is_directory(output) and any(output.iterdir())
+    replaces = record_digest(output) if occupied else None
+    staging.seal(replaces=replaces)
+    # Check again: somebody may have used the old output in the hours since the first check.
+    if occupied and check_ownership(output) != replaces:
+        raise UpcycleError(f"{output} was replaced by another process; it is not replaced again.")
+    return replaces
+
+
+def _finish(output: Path, replaces: str | None) -> str | None:
+    """Remove the old output and OUTPUT.partial; return a warning if the old one stays."""
+    left, aside = None, aside_of(output)
+    if replaces is not None and is_directory(aside):
+        try:
+            if record_digest(aside) == replaces:
+                remove_output(aside)
+            elif not any(aside.iterdir()):
+                aside.rmdir()  # a kill came after the record had gone
+        except (OSError, UpcycleError) as error:
+            reason = error.message if isinstance(error, UpcycleError) else error.strerror
+            left = f"the old output is now {aside} and could not be removed: {reason}"
+    discard(partial_of(output))
+    return left
+
+
+# After a kill ---------------------------------------------------------------------------------
+
+
+def recover(output: Path) -> str | None:
+    """Finish or undo the publication that a kill cut short; return a warning or a note.
+
+    Raises UpcycleError if another process still publishes.
+    """
+    partial, aside = partial_of(output), aside_of(output)
+    state = read_state(partial / MARKER) if is_directory(partial) else {}
+    if "replaces" not in state:
+        return None
+    with locked(partial):
+        replaces = state["replaces"]
+        if not new_of(output).exists():
+            return _finish(output, replaces)
+        if replaces is None or output.exists() or record_digest(aside) != replaces:
+            return None
+        aside.rename(output)
+    return f"a killed run had renamed {output} to {aside.name}; it has its name again."
+
+
+def clean(output: Path, *, remove: bool) -> tuple[int, str | None]:
+    """Remove OUTPUT.partial, when asked; return its size on the disk, and a warning or a note.
+
+    Raises UpcycleError if the directory does not exist or is not ours.
+    """
+    partial = partial_of(output)
+    if not is_directory(partial):
+        raise UpcycleError(f"{partial} does not exist.", "There is nothing to clean.")
+    with locked(partial):
+        nbytes = disk_bytes(partial)
+    note = recover(output) if remove else None
+    if remove and partial.exists():
+        with locked(partial):
+            discard(partial)
+    return nbytes, note

@@ -16,11 +16,10 @@ def clean(
     json: bool = False,
 ) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
-    from upcycle_cli.write.staging import partial_of
-    from upcycle_cli.write.transaction import clean as clean_output
+    from upcycle_cli.write import staging
 
-    partial = partial_of(output.absolute())
-    nbytes, note = clean_output(output.absolute(), remove=yes)
+    partial = staging.partial_of(output.absolute())
+    nbytes, note = staging.clean(output.absolute(), remove=yes)
     size = size_text(nbytes)
     if json:
         status = "removed" if yes else "found"
