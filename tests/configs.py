@@ -6,10 +6,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.lookup import dense_family
+from upcycle_cli.models.lookup import choose, dense_family
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.recipe.recipe import Recipe
 

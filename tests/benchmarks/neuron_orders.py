@@ -31,7 +31,7 @@ from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.expressions import Permutation
-from upcycle_cli.plan.tensor_files import order_name
+from upcycle_cli.plan.inputs import order_name
 from upcycle_cli.recipe.recipe import NeuronOrder
 from upcycle_cli.write.random_draws import permutation
 

@@ -11,9 +11,9 @@ from conftest import sizes_of
 from shapes import tiny_config
 
 from upcycle_cli import UpcycleError
-from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import read_dense
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.lookup import choose
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 SIGMOID, SOFTMAX, RENORMALISED = (Routing.SIGMOID_TOPK, Routing.SOFTMAX_TOPK, Routing.TOPK_SOFTMAX)

@@ -10,9 +10,9 @@ from configs import FULL, SIZES, SLIDING, converted, dense_model, transformers_c
 from shapes import BIG, big_config, model_shapes
 
 from upcycle_cli import Recipe, UpcycleError
-from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.lookup import choose
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

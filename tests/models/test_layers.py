@@ -12,8 +12,8 @@ from conftest import sizes_of
 from shapes import tiny_config
 
 from upcycle_cli import Recipe, UpcycleError
-from upcycle_cli.models.choose import choose
 from upcycle_cli.models.layers import format_layers, parse_layers
+from upcycle_cli.models.lookup import choose
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED
 

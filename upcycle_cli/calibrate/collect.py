@@ -27,9 +27,9 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole
 from upcycle_cli.models.mlp import find_weight
 from upcycle_cli.plan.calibration import Calibration, LayerFound, RouterStatistics
+from upcycle_cli.plan.inputs import order_name, router_stream
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.tensor_files import order_name, router_stream
 from upcycle_cli.plan.texts import CalibrationText, Prompts
 from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit

@@ -12,7 +12,7 @@ from upcycle_cli.cli import terminal
 from upcycle_cli.core.text import counted, parameter_text, printable, shell_line, size_text
 
 if TYPE_CHECKING:
-    from upcycle_cli.inspection.describe import Inspection
+    from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.plan.budget import SizedRecipe
     from upcycle_cli.publish.push import Push
 

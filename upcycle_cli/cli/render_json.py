@@ -11,7 +11,7 @@ from upcycle_cli.cli.options import with_flags
 if TYPE_CHECKING:
     from upcycle_cli.api import Conversion
     from upcycle_cli.checkpoint.header import TensorEntry
-    from upcycle_cli.inspection.describe import Inspection
+    from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.models.engines import Engine
     from upcycle_cli.models.overview import Families, TargetFacts
     from upcycle_cli.plan.budget import SizedRecipe

@@ -1,5 +1,5 @@
 """What is known of model types: dense families, MoE targets, wrappers, engines and trainers.
 
-Rows of data: `dense_rows` and `wrappers` (sources), `moe_rows` (targets). `lookup` finds the row of
-a config, `choose` picks a target, `moe_config` writes its config.
+Rows of data: `dense_rows` and `wrappers` (sources), `moe_rows` (targets). `lookup` finds rows and
+picks a target, `moe_config` writes its config.
 """

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle_cli.models.choose import Family
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import FULL, SLIDING, DenseModel
+from upcycle_cli.models.lookup import Family
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.shipped import auto_map
 from upcycle_cli.models.wrappers import nested_configs, text_config_of, with_text_config

@@ -12,8 +12,8 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.text import any_of, did_you_mean
 from upcycle_cli.models import engines as software
 from upcycle_cli.models import lookup
-from upcycle_cli.models.choose import choose
 from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.lookup import choose
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX

@@ -1,16 +1,199 @@
-"""The inputs of a recipe beside the source: a text, prompts, router rows, neuron orders."""
+"""The inputs of a recipe beside the source: a text, prompts, router rows, neuron orders.
+
+Router rows and neuron orders are safetensors files with one tensor per layer.
+
+`layers.3.router` is (E, H), a row for each virtual group, or (E·G, H) without virtual groups, in
+float32, bfloat16 or float16. `layers.3.neuron_order` is a permutation of the dense MLP's neurons of
+shape (I,), for every virtual group, or (E, I), one for each, in 32- or 64-bit integers. Shard s of
+a group gets the neurons at places [s·I/G, (s+1)·I/G). Layers are counted from 0; layers that stay
+dense have no tensor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor, read_shard_header
+from upcycle_cli.checkpoint.storage import Storage
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.plan.tensor_files import NEURON_ORDERS, ROUTER_ROWS, TensorFile, read_tensor_file
+from upcycle_cli.core.text import printable
+from upcycle_cli.plan.expressions import Constant, Permutation
 from upcycle_cli.plan.texts import BUILTIN, CalibrationText, Prompts, calibration_text, read_prompts
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_INTEGERS = {"I32": "<i4", "U32": "<u4", "I64": "<i8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileKind:
+    """What a file of tensors contains."""
+
+    name: str
+    """The last part of the tensors' names."""
+    dtypes: Collection[str]
+    dims: tuple[int, ...]
+    needed: str
+    """The meaning of a layer's tensor, for messages."""
+
+
+ROUTER_ROWS = FileKind(
+    name="router",
+    dtypes=TORCH_DTYPES,
+    dims=(2,),
+    needed="a row for each virtual group, or for each expert without virtual groups",
+)
+NEURON_ORDERS = FileKind(
+    name="neuron_order",
+    dtypes=_INTEGERS,
+    dims=(1, 2),
+    needed="a permutation of the dense MLP's neurons, or one for each virtual group",
+)
+
+
+def router_stream(layer: int) -> str:
+    """Return the name of a layer's router rows: in a file, and as a random stream."""
+    return f"layers.{layer}.router"
+
+
+def flaw_of(rows_EH: NDArray[np.float32]) -> str | None:
+    """Return why router rows are unusable; None if they are usable."""
+    import numpy as np
+
+    if not np.isfinite(rows_EH).all():
+        return "holds values that are not finite"
+    if not rows_EH.any(axis=1).all():
+        return "has a row of zeros, so a logit would always be 0"
+    if len(np.unique(rows_EH, axis=0)) < len(rows_EH):
+        return "has equal rows, so their experts would have equal logits"
+    return None
+
+
+def order_name(layer: int, group: int | None = None) -> str:
+    """Return the name of a layer's or a group's order: in a file, and as a random stream."""
+    return f"layers.{layer}.neuron_order" + ("" if group is None else f".{group}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TensorFile:
+    """The tensors of a file, their bytes, and the digest of both; orders as 32-bit integers."""
+
+    path: Path
+    kind: FileKind
+    tensors: Mapping[str, Tensor]
+    data: Mapping[str, bytes]
+    digest: str
+
+    @property
+    def record(self) -> dict[str, str]:
+        """The name of the file and the SHA-256 of its tensors, as `upcycle.json` states them."""
+        return {"name": printable(self.path.name), "sha256": self.digest}
+
+    def check(self, layers: Collection[int], *shapes: tuple[int, ...]) -> None:
+        """Raise UpcycleError unless each of these layers has a tensor in one of these shapes."""
+        names = [f"layers.{layer}.{self.kind.name}" for layer in layers]
+        if missing := [name for name in names if name not in self.tensors]:
+            raise UpcycleError(
+                f"{self.path} lacks {missing[0]}.",
+                f"Each layer that becomes a mixture of experts needs {self.kind.needed}.",
+            )
+        for name, tensor in self.tensors.items():
+            if name not in names:
+                raise UpcycleError(
+                    f"{self.path}: {name} belongs to no MoE layer.",
+                    "Remove it, or choose other `layers`.",
+                )
+            if tensor.shape not in shapes:
+                able = " or ".join(str([*shape]) for shape in shapes)
+                words = f"{name} has shape {[*tensor.shape]}, not {able}: {self.kind.needed}"
+                raise UpcycleError(f"{self.path}: {words}.")
+
+    def check_shared(self, width: int) -> None:
+        """Raise UpcycleError unless all groups begin with the same `width` neurons."""
+        for name, data in self.data.items():
+            whole = 4 * self.tensors[name].shape[-1]
+            if len({data[at : at + 4 * width] for at in range(0, len(data), whole)}) > 1:
+                raise UpcycleError(
+                    f"{self.path}: the orders of {name} differ in the first {width} neurons, which "
+                    "form the shared expert.",
+                    "Use the same first neurons for all groups, or leave out `shared_experts`.",
+                )
+
+    def router_rows(self, layer: int, dtype: str) -> Constant:
+        """Return a layer's router rows; UpcycleError if a router of `dtype` cannot use them."""
+        import numpy as np
+
+        from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
+
+        name = router_stream(layer)
+        stored, data = self.tensors[name], self.data[name]
+        with np.errstate(over="ignore"):
+            rows_EH = rounded(as_float32(data, stored.dtype, stored.shape), dtype)
+        rows_EH = to_float32(rows_EH, dtype)
+        where = f"{self.path}: {name}"
+        if stored.dtype != dtype:
+            where += f", as {TORCH_DTYPES[dtype]},"
+        if flaw := flaw_of(rows_EH):
+            hint = "Give one row for each virtual group; they are repeated for its experts."
+            raise UpcycleError(f"{where} {flaw}.", hint if "equal" in flaw else None)
+        return Constant(name, stored.dtype, (*rows_EH.shape,), self.digest, data)
+
+    def orders(self, layer: int, expansion: int) -> list[Permutation]:
+        """Return the order of each group; a tensor (I,) gives all groups equal orders."""
+        name = order_name(layer)
+        data, (*groups, size) = self.data[name], self.tensors[name].shape
+        if not groups:
+            return [Permutation(size, name, origin=self.digest, indices=data)] * expansion
+        indices = [data[at : at + 4 * size] for at in range(0, len(data), 4 * size)]
+        return [
+            Permutation(size, order_name(layer, group), origin=self.digest, indices=each)
+            for group, each in enumerate(indices)
+        ]
+
+
+def read_tensor_file(path: Path, kind: FileKind) -> TensorFile:
+    """Read a file; UpcycleError if it is unreadable or has tensors of another kind."""
+    storage, tensors, data = Storage(path.parent), dict[str, Tensor](), dict[str, bytes]()
+    for entry in read_shard_header(storage, path.name)[1]:
+        is_named = re.fullmatch(rf"layers\.\d+\.{kind.name}", entry.name)
+        is_usable = entry.dtype in kind.dtypes and len(entry.shape) in kind.dims
+        if not (is_named and is_usable and entry.num_elements):
+            dims = " or ".join(map(str, kind.dims))
+            raise UpcycleError(
+                f"{path}: {printable(entry.name)} is {entry.dtype} of shape {[*entry.shape]}.",
+                f"The tensor of layer 3 is layers.3.{kind.name}, with {dims} dimensions, of dtype "
+                f"{', '.join(kind.dtypes)}.",
+            )
+        tensors[entry.name] = entry
+        held = storage.read(path.name, entry.offset, entry.offset + entry.nbytes)
+        data[entry.name] = _permutations(path, entry, held) if kind is NEURON_ORDERS else held
+    digest = hashlib.sha256()
+    for name in sorted(data):
+        digest.update(f"{name} {len(data[name])}\n".encode() + data[name])
+    return TensorFile(path=path, kind=kind, tensors=tensors, data=data, digest=digest.hexdigest())
+
+
+def _permutations(path: Path, tensor: Tensor, data: bytes) -> bytes:
+    """Return orders as 32-bit integers; UpcycleError unless each is a permutation."""
+    import numpy as np
+
+    size = tensor.shape[-1]
+    orders_EI = np.frombuffer(data, _INTEGERS[tensor.dtype]).reshape(-1, size)
+    for group, order_I in enumerate(orders_EI):
+        if (np.sort(order_I) != np.arange(size)).any():
+            which = f", group {group}" if len(tensor.shape) == 2 else ""
+            raise UpcycleError(
+                f"{path}: {tensor.name}{which} is not a permutation of 0 to {size - 1}."
+            )
+    return orders_EI.astype("<u4").tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, model_of, open
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
 from upcycle_cli.core.display import Compact
-from upcycle_cli.models.choose import Family
 from upcycle_cli.models.engines import Engine, engines_of
+from upcycle_cli.models.lookup import Family
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.shipped import CODE_NAME, modeling_code
 from upcycle_cli.plan.expressions import loses_bits

@@ -26,10 +26,10 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.layers import by_layer
 from upcycle_cli.models.mlp import BIAS, Weight, find_weight, locate, parts_of
 from upcycle_cli.plan import expressions as ex
+from upcycle_cli.plan.inputs import order_name, router_stream
 from upcycle_cli.plan.merge import NonExpertWeights
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.tensor_files import order_name, router_stream
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 _SAMPLE_ROWS = 16  # enough rows of a matrix to tell its scale

@@ -16,7 +16,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, model_of
 from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.models.choose import choose
+from upcycle_cli.models.lookup import choose
 from upcycle_cli.models.moe_config import moe_config
 from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.calibration import Calibration

@@ -14,8 +14,7 @@ from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import locate, sha256_of
 from upcycle_cli.core.text import counted, parameter_text, size_text
-from upcycle_cli.inspection.describe import Inspection, inspection_rows
-from upcycle_cli.inspection.summary import inspect
+from upcycle_cli.inspection.summary import Inspection, inspect, inspection_rows
 from upcycle_cli.report import sections
 from upcycle_cli.report.page import Section, Table, properties, render, value_text
 from upcycle_cli.verification.result import CHECK_NAMES, TRAINED, Report, Status

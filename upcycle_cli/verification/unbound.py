@@ -19,8 +19,8 @@ from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.calibration import LayerFound
+from upcycle_cli.plan.inputs import flaw_of
 from upcycle_cli.plan.output import OutputTensor
-from upcycle_cli.plan.tensor_files import flaw_of
 from upcycle_cli.verification.neuron_hashes import neuron_hashes
 from upcycle_cli.write.evaluate import evaluate
 

@@ -16,7 +16,7 @@ from upcycle_cli.core.text import shell_line
 from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 if TYPE_CHECKING:
-    from upcycle_cli.inspection.describe import Inspection
+    from upcycle_cli.inspection.summary import Inspection
     from upcycle_cli.plan.budget import Budget
 
 
