@@ -75,11 +75,6 @@ class Location:
             found = found.swapaxes(0, 1)
         return found
 
-    @property
-    def dimension(self) -> int | None:
-        """The dimension of the intermediate size, counting a stack's dimension."""
-        return None if self.split_dim is None else self.split_dim + (self.row is not None)
-
 
 def locate(
     weights: Sequence[Weight],

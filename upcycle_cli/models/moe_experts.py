@@ -40,6 +40,11 @@ class Experts:
     """The layers that are mixtures of experts."""
     num_layers: int
 
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self.target.value(text_config_of(self.moe.config), "hidden_size"))
+
     @cached_property
     def layout(self) -> ExpertLayout:
         """How the experts are named on disk."""
@@ -75,7 +80,8 @@ class Experts:
 
     def router(self, reader: Reader, layer: int) -> torch.Tensor:
         """Return the router's rows, (N, H)."""
-        return _read(self.moe, reader, self.router_name(layer), self.num_experts)
+        shape = (self.num_experts, self.hidden_size)
+        return _read(self.moe, reader, self.router_name(layer), shape)
 
     def parts(self, reader: Reader, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parts of one expert: gate and up (I, H), down (H, I), and biases."""
@@ -86,14 +92,9 @@ class Experts:
         """Return one part of one expert."""
         weights = self._weights(layer)
         found = locate(weights, part, width=self.expert_size, expert=expert)
-        count, name = None if found.row is None else self.num_experts, found.tensor
-        held = _read(self.moe, reader, self.name(layer, name), count)
-        width = self.expert_size * len(find_weight(weights, part).parts)
-        if found.dimension is not None and held.shape[found.dimension :][:1] != (width,):
-            raise UpcycleError(
-                f"{self.moe.path}: {self.name(layer, name)} has shape {[*held.shape]}, but "
-                f"config.json implies experts that are {width} wide."
-            )
+        shape = find_weight(weights, part).shape(self.expert_size, self.hidden_size)
+        shape = shape if found.row is None else (self.num_experts, *shape)
+        held = _read(self.moe, reader, self.name(layer, found.tensor), shape)
         return found.select(held, self.cut(part))
 
     @property
@@ -170,18 +171,18 @@ def find_experts(moe: Checkpoint) -> Experts:
 
 
 def _read(
-    checkpoint: Checkpoint, reader: Reader, name: str, num_experts: int | None = None
+    checkpoint: Checkpoint, reader: Reader, name: str, shape: tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    """Return a tensor; `num_experts` is the expected first dimension, if any."""
+    """Return a tensor; UpcycleError if it is missing or does not have the `shape`."""
     if name not in checkpoint.tensors:
         raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
     dtype = checkpoint.tensors[name].dtype
     if dtype not in TORCH_DTYPES:
         raise UpcycleError(f"{checkpoint.path}: {name} is stored as {dtype}, which cannot be read.")
     tensor = reader.tensor(name)
-    if num_experts is not None and tensor.shape[:1] != (num_experts,):
+    if shape not in (None, tensor.shape):
         raise UpcycleError(
-            f"{checkpoint.path}: {name} has shape {list(tensor.shape)}, but config.json "
-            f"implies {num_experts} experts."
+            f"{checkpoint.path}: {name} has shape {[*tensor.shape]}, but config.json implies "
+            f"{[*(shape or ())]}."
         )
     return tensor
