@@ -96,7 +96,9 @@ class SharedExpert:
         return 1.0 if self.router is None else 2.0
 
     def config_keys(self, count: int, expert_size: int) -> dict[str, Any]:
-        """Return the config keys of a shared expert that is `count` experts wide."""
+        """Return the config keys of a shared expert that is `count` experts wide, or unused."""
+        if not count:
+            return {self.size_key: self.size} if self.size_key and self.size else {}
         found = {self.size_key: count * expert_size, self.count_key: count}
         return {key: value for key, value in found.items() if key} | dict(self.settings)
 

@@ -142,28 +142,22 @@ def _recipe_keys(family: Family, recipe: Recipe, scale: float) -> dict[str, Any]
     """Return the keys that state the recipe."""
     dense, target = family.dense, family.target
     keys, expert_size = target.keys, dense.intermediate_size // recipe.granularity
-    found: dict[str, Any] = {}
-    if not target.ships_code:
-        found[keys.dense_size] = dense.intermediate_size  # possibly derived by a rule of the source
-    found |= {
+    stated: dict[str | None, Any] = {
+        # Possibly derived by a rule of the source; shipped code reads the source's own key.
+        None if target.ships_code else keys.dense_size: dense.intermediate_size,
         keys.num_experts: recipe.num_experts,
         keys.top_k: recipe.top_k,
         keys.expert_size: expert_size,
-        **target.layers.write(family.layers, dense.kinds),
+        keys.expert_size_copy: expert_size,
+        keys.scale: scale,
     }
-    if keys.expert_size_copy is not None:
-        found[keys.expert_size_copy] = expert_size
+    found = {key: value for key, value in stated.items() if key is not None}
+    found |= target.layers.write(family.layers, dense.kinds)
     if keys.routing is not None:
         key, meanings = keys.routing
         found[key] = next(value for value, meant in meanings.items() if meant is recipe.routing)
     if target.ships_code and recipe.trains_tied:
         found["virtual_group_size"] = recipe.group_size
-    if keys.scale is not None:
-        found[keys.scale] = scale
-    shared = target.shared
-    if shared is not None and recipe.shared_experts:
-        found |= shared.config_keys(recipe.shared_experts, expert_size)
-    elif shared is not None and shared.size is not None:
-        assert shared.size_key is not None
-        found[shared.size_key] = shared.size
+    if target.shared is not None:
+        found |= target.shared.config_keys(recipe.shared_experts, expert_size)
     return found

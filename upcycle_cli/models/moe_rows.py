@@ -6,9 +6,59 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from upcycle_cli.models import layers, mlp, moe_settings
+from upcycle_cli.models import layers, mlp
+from upcycle_cli.models.dense import FULL, SLIDING, DenseModel
 from upcycle_cli.models.moe import ExtraTensor, Keys, MoeBlock, SharedExpert, Target
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
+
+
+def _no_longrope(dense: DenseModel) -> str | None:
+    """Refuse longrope."""
+    if (dense.values["rope_scaling"] or {}).get("rope_type") != "longrope":
+        return None
+    return "its rotary embeddings are scaled by longrope, which is untested with the target"
+
+
+def _granitemoehybrid(dense: DenseModel) -> dict[str, Any]:
+    """State kinds of layers in the names that released models and engines use.
+
+    A granite model has no such kinds: all layers are attention, with rotary embeddings.
+    """
+    if "layer_types" in dense.values:
+        names = {new: old for old, new in layers.OLD_BLOCKS.items()}
+        return {"layer_types": [names.get(kind, kind) for kind in dense.values["layer_types"]]}
+    return {
+        "layer_types": ["attention"] * dense.num_layers,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 1,  # the default does not divide every hidden size
+        # llama.cpp's converter needs these even if no layer is a Mamba layer.
+        "mamba_n_groups": 1,
+        "mamba_d_state": 256,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+    }
+
+
+def _lfm2_moe(dense: DenseModel) -> dict[str, Any]:
+    """State which layers are attention, which lfm2 states by either of two keys."""
+    indices = dense.values["full_attn_idxs"]
+    attends = range(dense.num_layers) if indices is None else indices
+    kinds = [FULL if layer in attends else "conv" for layer in range(dense.num_layers)]
+    return {"layer_types": dense.values["layer_types"] or kinds}
+
+
+def _mellum(dense: DenseModel) -> dict[str, Any]:
+    """State rotary embeddings per kind of layer; they are the same for both kinds."""
+    rope = {"rope_type": "default", **(dense.values["rope_scaling"] or {})}
+    rope["rope_theta"] = dense.values["rope_theta"]
+    return {"rope_parameters": {kind: dict(rope) for kind in (FULL, SLIDING)}}
+
+
+def _qwen3_5_moe(dense: DenseModel) -> dict[str, Any]:
+    """State the kind of each layer: by default every fourth has full attention."""
+    interval = dense.values.get("full_attention_interval", 4)
+    kinds = ["linear_attention" if (i + 1) % interval else FULL for i in range(dense.num_layers)]
+    return {"layer_types": dense.values["layer_types"] or kinds}
 
 
 def _layouts(
@@ -118,7 +168,7 @@ _ROWS: Sequence[Target] = (
         layouts=_MIXTRAL_LAYOUTS,
         keys=_MIXTRAL_KEYS,
         unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
-        refusal=moe_settings.no_longrope,
+        refusal=_no_longrope,
         constants={"router_jitter_noise": 0.0},
     ),
     Target(
@@ -145,10 +195,13 @@ _ROWS: Sequence[Target] = (
         constants=_ONE_GROUP | {"num_nextn_predict_layers": 0},
         layers=layers.FIRST_K_DENSE,
         unsupported_tensors=_NO_O_BIAS,
-        settings=moe_settings.glm4_moe,
+        settings=lambda dense: {
+            "attention_bias": dense.has("self_attn.q_proj.bias"),
+            "use_qk_norm": dense.has("self_attn.q_norm.weight"),
+        },
     ),
     Target(model_type="dots1", **_DEEPSEEK, constants=_ONE_GROUP, layers=layers.FIRST_K_DENSE),
-    Target(model_type="mellum", **_QWEN, layers=layers.MLP_TYPES, settings=moe_settings.mellum),
+    Target(model_type="mellum", **_QWEN, layers=layers.MLP_TYPES, settings=_mellum),
     Target(
         model_type="hy_v3",
         routings=_SIGMOID_TOPK,
@@ -220,7 +273,7 @@ _ROWS: Sequence[Target] = (
         keys=Keys(routing=_SIGMOID, scale="routed_scaling_factor"),
         layers=layers.NUM_DENSE_LAYERS,
         constants={"use_expert_bias": True},
-        settings=moe_settings.lfm2_moe,
+        settings=_lfm2_moe,
     ),
     Target(
         model_type="cohere2_moe",
@@ -251,7 +304,7 @@ _ROWS: Sequence[Target] = (
         model_type="qwen3_5_moe_text",
         **_GATED_SHARED,
         keys=Keys(),
-        settings=moe_settings.qwen3_5_moe,
+        settings=_qwen3_5_moe,
     ),
     Target(
         # Experts beside an MLP. Each has a norm behind it: the MLP's has a zero weight, so the MLP
@@ -288,7 +341,12 @@ _ROWS: Sequence[Target] = (
         **_GRANITE | {"layouts": {ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
         shared=SharedExpert(size_key="shared_intermediate_size", required=False),
         constants={"shared_intermediate_size": 0},
-        settings=moe_settings.granitemoe_swa,
+        settings=lambda dense: {
+            "sliding_window": dense.values["sliding_window"],
+            # The rotary base of each layer: 0 if it has no rotary embeddings.
+            "layer_rope_theta": dense.values["layer_rope_theta"]
+            or [dense.values["rope_theta"]] * dense.num_layers,
+        },
     ),
     Target(
         # A model without experts is dense, and its shared expert is the MLP.
@@ -296,7 +354,7 @@ _ROWS: Sequence[Target] = (
         **_GRANITE,
         layers=layers.ALL_OR_NONE,
         shared=SharedExpert(size_key="shared_intermediate_size", size=64),
-        settings=moe_settings.granitemoehybrid,
+        settings=_granitemoehybrid,
     ),
     Target(
         model_type="nemotron_h",
