@@ -23,11 +23,11 @@ from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, locate
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.hub.remote_checkpoint import open_source
+from upcycle_cli.plan.facts import vanished_weights, warnings
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import bind_recorded, build_plan
-from upcycle_cli.plan.warnings import vanished_weights, warnings
 from upcycle_cli.recipe.recipe import Growth, Promise, Recipe, to_recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished

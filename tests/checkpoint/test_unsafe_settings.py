@@ -11,7 +11,7 @@ import pytest
 from conftest import MakeDense, clone, read_json, snapshot
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
-from upcycle_cli.plan.warnings import warnings
+from upcycle_cli.plan.facts import warnings
 
 RECIPE = Recipe("E2G2T2")
 CODE = {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}

@@ -17,7 +17,7 @@ main()
 LIBRARIES = {"torch", "transformers", "numpy", "safetensors"}
 RARE = {"rich.progress", "huggingface_hub", "matplotlib", "jinja2", "tomli_w", "jsonschema"}
 OURS = "upcycle_cli."
-PLANNING = ("plan.upcycle", "plan.tensors", "plan.expressions", "plan.merge", "plan.warnings")
+PLANNING = ("plan.upcycle", "plan.tensors", "plan.expressions", "plan.merge", "plan.facts")
 RESULTS = ("api", "write.staging", "publish.card", "verification.verify", "report.page")
 MOES = ("plan.expand", "inspection.experts", "inspection.weight_drift")
 COMMANDS = ("cli.commands.convert", "cli.commands.inspect", "models")

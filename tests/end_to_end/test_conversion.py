@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint
 from upcycle_cli.api import Conversion, Request, carry_out, preview
 from upcycle_cli.core.callbacks import Hooks
+from upcycle_cli.plan.facts import warnings
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.warnings import warnings
 from upcycle_cli.recipe.recipe import ExpertLayout
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.writer import WriteOptions

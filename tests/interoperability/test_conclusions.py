@@ -35,7 +35,7 @@ from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Engine, Support  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
 from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
-from upcycle_cli.plan.warnings import SILENTLY_WRONG  # noqa: E402
+from upcycle_cli.plan.facts import SILENTLY_WRONG  # noqa: E402
 from upcycle_cli.recipe.options import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")

@@ -10,8 +10,8 @@ import pytest
 from shapes import hollow_plan
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
+from upcycle_cli.plan.facts import warnings
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.warnings import warnings
 from upcycle_cli.recipe.recipe import Routing, ScaleSplit, Scaling
 
 if TYPE_CHECKING:

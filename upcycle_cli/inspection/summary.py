@@ -75,7 +75,7 @@ class Inspection(Result):
         """What to know about the plan before converting."""
         if self.plan is None:
             return ()
-        from upcycle_cli.plan.warnings import warnings
+        from upcycle_cli.plan.facts import warnings
 
         return tuple(warnings(self.plan))
 

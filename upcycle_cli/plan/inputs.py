@@ -40,7 +40,6 @@ class FileKind:
     name: str
     """The last part of the tensors' names."""
     dtypes: Collection[str]
-    dims: tuple[int, ...]
     needed: str
     """The meaning of a layer's tensor, for messages."""
 
@@ -48,13 +47,11 @@ class FileKind:
 ROUTER_ROWS = FileKind(
     name="router",
     dtypes=TORCH_DTYPES,
-    dims=(2,),
     needed="a row for each virtual group, or for each expert without virtual groups",
 )
 NEURON_ORDERS = FileKind(
     name="neuron_order",
     dtypes=_INTEGERS,
-    dims=(1, 2),
     needed="a permutation of the dense MLP's neurons, or one for each virtual group",
 )
 
@@ -164,13 +161,12 @@ def read_tensor_file(path: Path, kind: FileKind) -> TensorFile:
     storage, tensors, data = Storage(path.parent), dict[str, Tensor](), dict[str, bytes]()
     for entry in read_shard_header(storage, path.name)[1]:
         is_named = re.fullmatch(rf"layers\.\d+\.{kind.name}", entry.name)
-        is_usable = entry.dtype in kind.dtypes and len(entry.shape) in kind.dims
-        if not (is_named and is_usable and entry.num_elements):
-            dims = " or ".join(map(str, kind.dims))
+        is_usable = entry.dtype in kind.dtypes and entry.shape and entry.num_elements
+        if not (is_named and is_usable):
             raise UpcycleError(
                 f"{path}: {printable(entry.name)} is {entry.dtype} of shape {[*entry.shape]}.",
-                f"The tensor of layer 3 is layers.3.{kind.name}, with {dims} dimensions, of dtype "
-                f"{', '.join(kind.dtypes)}.",
+                f"The tensor of layer 3 is layers.3.{kind.name}, of dtype "
+                f"{' or '.join(kind.dtypes)}.",
             )
         tensors[entry.name] = entry
         held = storage.read(path.name, entry.offset, entry.offset + entry.nbytes)

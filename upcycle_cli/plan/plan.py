@@ -43,8 +43,6 @@ class Upcycling(Compact):
     recipe: Recipe
     """Resolved, with the target's defaults filled in."""
     family: Family
-    factors: Factors
-    """What the expert matrices are multiplied by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +111,10 @@ class Plan(Compact):
         """The dense model and its target; only for a plan that upcycles."""
         return self.upcycling.family
 
-    @property
+    @cached_property
     def factors(self) -> Factors:
         """What the expert matrices are multiplied by; only for a plan that upcycles."""
-        return self.upcycling.factors
+        return self.recipe.factors(self.family.dense.mlp_kind)
 
     @cached_property
     def _promised(self) -> tuple[Promise, str]:

@@ -74,7 +74,6 @@ def build_plan(
         merge.check(recipe)
     if isinstance(inputs.text, Prompts):
         _check_prompts(inputs.text, recipe, source, merge)
-    factors = recipe.factors(dense.mlp_kind)
     plan = Plan(
         options=options,
         source=source,
@@ -82,7 +81,7 @@ def build_plan(
             source.config,
             family,
             recipe,
-            factors.config,
+            recipe.factors(dense.mlp_kind).config,
             untie_embeddings=options.untie_embeddings,
             dtype=options.dtype,
         ),
@@ -98,7 +97,7 @@ def build_plan(
         expert_layout=row.check_layout(options.expert_layout, expert_size, hidden),
         dense_parameters=source.num_parameters
         - sum(source.tensors[name].num_elements for name in dropped),
-        method=Upcycling(recipe=recipe, family=family, factors=factors),
+        method=Upcycling(recipe=recipe, family=family),
         inputs=inputs,
         merge=merge,
         dropped=dropped,
@@ -125,8 +124,7 @@ def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
 def _bound(plan: Plan, found: Calibration | None, scale: float) -> Plan:
     method = plan.upcycling
     if plan.recipe.scaling is Scaling.MEASURED:
-        recipe = replace(plan.recipe, scaling=scale)
-        method = replace(method, recipe=recipe, factors=recipe.factors(plan.family.dense.mlp_kind))
+        method = replace(method, recipe=replace(plan.recipe, scaling=scale))
     bound = replace(plan, calibration=found, bound_digest=plan.digest, method=method)
     return replace(bound, shards=fill_shards(_tensors(bound), plan.options.max_shard_bytes))
 

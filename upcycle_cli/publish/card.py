@@ -20,9 +20,8 @@ from upcycle_cli.core.text import any_of, printable, shell_line
 from upcycle_cli.models.engines import Support, trainers
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.wrappers import text_config_of
-from upcycle_cli.plan.facts import facts
+from upcycle_cli.plan.facts import facts, training_warnings
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.plan.warnings import training_warnings
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise
 
 if TYPE_CHECKING:
