@@ -15,8 +15,9 @@ from conftest import read_tensors
 from shapes import hollow_plan
 
 from upcycle_cli import Recipe, UpcycleError, WriteOptions, convert
+from upcycle_cli.checkpoint.header import OverflowInCastError
 from upcycle_cli.plan.expressions import AddNoise, Source, leaves
-from upcycle_cli.write.evaluate import OverflowInCastError, evaluate
+from upcycle_cli.write.evaluate import evaluate
 
 if TYPE_CHECKING:
     from conftest import MakeDense

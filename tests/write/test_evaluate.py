@@ -13,6 +13,7 @@ import torch
 from shapes import TORCH, random_bits, same_bits, value_of
 
 from upcycle_cli.checkpoint.checkpoint import raw_bytes
+from upcycle_cli.checkpoint.header import OverflowInCastError
 from upcycle_cli.plan.expressions import (
     Cast,
     Concat,
@@ -32,9 +33,8 @@ from upcycle_cli.plan.expressions import (
     num_bytes,
     type_of,
 )
-from upcycle_cli.write import rows as rows_module
+from upcycle_cli.write import evaluate as module
 from upcycle_cli.write.evaluate import evaluate
-from upcycle_cli.write.rows import OverflowInCastError
 
 HIDDEN = 16
 A, B = Source("a", "BF16", (4, 6)), Source("b", "BF16", (4, 6))
@@ -128,7 +128,7 @@ def test_every_value_times_a_factor(
 ) -> None:
     values = all_values(dtype)
     values = torch.cat([values.new_tensor(zeros).expand(len(values), -1), values], dim=1)
-    monkeypatch.setattr(rows_module, "_PIECE_ITEMS", values.shape[1])  # a row at a time
+    monkeypatch.setattr(module, "_PIECE_ITEMS", values.shape[1])  # a row at a time
     wanted = (values.float() * factor).to(TORCH[dtype])
     fits = wanted.isfinite().all(dim=1)
     source = Source("x", dtype, tuple(values[fits].shape))

@@ -20,8 +20,8 @@ import numpy as np
 from upcycle_cli.calibrate import router_rows
 from upcycle_cli.calibrate.neuron_clusters import Floats, clustered_order
 from upcycle_cli.calibrate.router_rows import Array
-from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.header import as_float32, rounded, to_float32
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole

@@ -42,19 +42,13 @@ def read_card_metadata(directory: Path) -> CardMetadata:
     except (OSError, UpcycleError, ValueError) as error:
         words = error.message if isinstance(error, UpcycleError) else f"{error}."
         return CardMetadata(notes=(f"no licence or language is copied from {path}: {words}",))
-    values = {key: value for key, value in found.items() if value is not None}
-    notes = tuple(
-        f"{path}: {key} is not a line of text, so it is not copied to the new card."
-        for key, value in found.items()
-        if value is None
-    )
-    return CardMetadata(values, notes)
+    return CardMetadata(found)
 
 
-def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]:
-    """Return the given keys of a card; None for values that are not a line or a list of lines.
+def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value]:
+    """Return the given keys of a card, each a line of text or a list of lines.
 
-    Raises UpcycleError when the front matter cannot be read.
+    Raises UpcycleError when the front matter cannot be read, or a value is something else.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -64,12 +58,12 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value | None]
         found = yaml.load(block[1], yaml.BaseLoader) if block else None  # noqa: S506
     except (RecursionError, yaml.YAMLError) as error:
         raise UpcycleError(f"its front matter is not YAML: {shown(str(error))}.") from error
-    values = {key: found[key] for key in keys if key in found} if isinstance(found, dict) else {}
-    return {
-        key: value if _is_text(value) else None
-        for key, value in values.items()
-        if value not in _NULLS
-    }
+    given = found if isinstance(found, dict) else {}
+    values = {key: given[key] for key in keys if given.get(key, "") not in _NULLS}
+    for key, value in values.items():
+        if not _is_text(value):
+            raise UpcycleError(f"{key} is not a line of text.")
+    return values
 
 
 def _is_text(value: object) -> bool:

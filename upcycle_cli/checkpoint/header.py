@@ -1,4 +1,4 @@
-"""The header of a safetensors file: the names, types, shapes and offsets of its tensors.
+"""A safetensors file: its header with the names, types, shapes and offsets of tensors; values.
 
 Format: 8-byte little-endian header length, JSON header, data. Offsets are relative to the data, and
 tensors follow one another without gaps. Unlike the safetensors library, this reads remote headers.
@@ -11,11 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from upcycle_cli.checkpoint.storage import FileStamp, Storage, json_object
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_LISTING_BYTES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -27,6 +31,9 @@ ITEM_BYTES = {
 
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of weights that can be converted, and torch's names for them."""
+
+NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""numpy's dtype for each safetensors dtype; numpy has no bfloat16, so its bits are held."""
 
 LARGEST = {"F32": (2 - 2**-23) * 2.0**127, "BF16": (2 - 2**-7) * 2.0**127, "F16": 65504.0}
 """The largest finite value of each of these dtypes."""
@@ -127,3 +134,34 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
         return False
     return all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+
+
+class OverflowInCastError(ArithmeticError):
+    """A finite value became infinite in the output dtype."""
+
+
+def as_float32(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return a tensor's bytes as float32 values."""
+    import numpy as np
+
+    return to_float32(np.ndarray(shape, NUMPY_DTYPES[dtype], data), dtype)
+
+
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Return the values of an array of `NUMPY_DTYPES` as float32."""
+    if dtype == "BF16":
+        from ml_dtypes import bfloat16
+
+        values = values.view(bfloat16)
+    return values.astype("<f4", copy=False)
+
+
+def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
+    """Round to an array of `NUMPY_DTYPES`, ties to even; too large values become infinite."""
+    if dtype != "BF16":
+        return values.astype(NUMPY_DTYPES[dtype], copy=False)
+    from ml_dtypes import bfloat16
+
+    # By way of float32, as torch does.
+    bits: NDArray[Any] = values.astype("<f4", copy=False).astype(bfloat16).view("<u2")
+    return bits

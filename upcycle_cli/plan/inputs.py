@@ -128,7 +128,7 @@ class TensorFile:
         """Return a layer's router rows; UpcycleError if a router of `dtype` cannot use them."""
         import numpy as np
 
-        from upcycle_cli.checkpoint.arrays import as_float32, rounded, to_float32
+        from upcycle_cli.checkpoint.header import as_float32, rounded, to_float32
 
         name = router_stream(layer)
         stored, data = self.tensors[name], self.data[name]

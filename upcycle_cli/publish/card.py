@@ -56,16 +56,15 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         k = plan.growing.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
         own = {"expand": k}
+    shown = {"architecture": plan.target.architecture} | facts(plan)
     location = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
     text = Template((files(__package__) / template).read_text(encoding="utf-8")).substitute(
         own,
         front_matter=_front_matter(plan),
         title=_markdown(plan.source.name.split("/")[-1]) + title,
         origin=_origins(plan),
-        function=_FUNCTION[plan.promise].format(
-            origin="the source" if plan.growing else "the dense model"
-        ),
-        facts="\n".join(f"| {key} | {value} |" for key, value in _facts(plan).items()),
+        function=_FUNCTION[plan.promise],
+        facts="\n".join(f"| {key} | {_markdown(text)} |" for key, text in shown.items()),
         results=_results(report),
         verify_command=shell_line(verify_command(plan, location)),
         location=json.dumps(location),
@@ -180,12 +179,6 @@ def _origin(source: Checkpoint) -> str:
         return _code(name)
     # Repo ids and commits need no quoting.
     return f"[{name}](https://huggingface.co/{name}/tree/{commit}) (commit `{commit[:12]}`)"
-
-
-def _facts(plan: Plan) -> dict[str, str]:
-    """Return the rows of the card's table: the architecture, and what convert prints."""
-    shown = {"architecture": plan.target.architecture} | facts(plan)
-    return {key: _markdown(text) for key, text in shown.items()}
 
 
 def _results(report: Report | None) -> str:

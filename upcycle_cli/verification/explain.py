@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upcycle_cli.checkpoint.arrays import as_float32
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.header import as_float32
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes, type_of
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.checkpoint import Reader
+from upcycle_cli.checkpoint.header import NUMPY_DTYPES, as_float32, rounded, to_float32
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.calibration import LayerFound

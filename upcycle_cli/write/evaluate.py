@@ -1,4 +1,4 @@
-"""Evaluates the expressions of a plan, with numpy alone.
+"""Evaluates the expressions of a plan, with numpy alone, a few rows at a time where possible.
 
 torch takes longer to import than a small model takes to convert, so nothing here uses it; the tests
 compare every 16-bit value with its arithmetic.
@@ -7,37 +7,36 @@ compare every 16-bit value with its arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
 
-from upcycle_cli.checkpoint.arrays import NUMPY_DTYPES, rounded, to_float32
+from upcycle_cli.checkpoint.header import (
+    LARGEST,
+    NUMPY_DTYPES,
+    OverflowInCastError,
+    rounded,
+    to_float32,
+)
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.expressions import describe
 from upcycle_cli.write.random_draws import drawn_on, permutation, standard_normal
-from upcycle_cli.write.rows import (
-    TILE,
-    OverflowInCastError,
-    Rows,
-    averaged,
-    converted,
-    gathered,
-    transposed,
-)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-__all__ = ["OverflowInCastError", "check_rows", "evaluate", "evaluate_together"]
 
 Read: TypeAlias = Callable[[str], memoryview]
 """Gives the bytes of a dense tensor by name."""
 _TOGETHER_ITEMS = 1 << 18
 """Values of the rows that columns are gathered from at once."""
 _TRANSPOSED_ITEMS = 1 << 22
+TILE = 256
+"""Rows and columns that are transposed at once."""
+_PIECE_ITEMS = 1 << 16
+_SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}  # above zero
 
 
 def evaluate(
@@ -147,12 +146,8 @@ class _Evaluator:
                 return self.value(of)[index, ...]
             case ex.Gather():
                 return self._rows(expr).all(ex.type_of(expr).dtype)
-            case ex.Cast(of, dtype):
-                rows, held = self._rows(of), ex.type_of(of).dtype
-                return converted(rows, held, dtype, 1.0, self.vanished)
-            case ex.Scale(of, factor):
-                rows, held = self._rows(of), ex.type_of(of).dtype
-                return converted(rows, held, held, factor, self.vanished)
+            case ex.Cast(of) | ex.Scale(of):
+                return self._converted(expr, self._rows(of))
             case ex.Concat(parts):
                 return np.concatenate([self.value(part) for part in parts])
             case ex.Stack(parts):
@@ -189,15 +184,13 @@ class _Evaluator:
         """Apply the casts and scales of an expression to rows that are not gathered yet."""
         if not isinstance(expr, ex.Cast | ex.Scale):
             return rows
-        values, held = self.applied(expr.of, rows), ex.type_of(expr.of).dtype
+        values = self.applied(expr.of, rows)
+        return self._converted(expr, Rows(values.shape, values.__getitem__))
+
+    def _converted(self, expr: ex.Cast | ex.Scale, rows: Rows) -> NDArray[Any]:
+        before, after = ex.type_of(expr.of).dtype, ex.type_of(expr).dtype
         factor = expr.factor if isinstance(expr, ex.Scale) else 1.0
-        return converted(
-            Rows(values.shape, values.__getitem__),
-            held,
-            ex.type_of(expr).dtype,
-            factor,
-            self.vanished,
-        )
+        return converted(rows, before, after, factor, self.vanished)
 
     def _rows(self, expr: ex.Expr) -> Rows:
         """Return an expression's rows; the rows of a Gather are never all in memory."""
@@ -240,3 +233,89 @@ def _norm(values: NDArray[np.float64]) -> float:
 def _normal(expr: ex.Normal | ex.RandomLike, std: float, dtype: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         return rounded(standard_normal(expr.seed, expr.stream, expr.shape) * std, dtype)
+
+
+# Rows, a few at a time so that they stay in cache ----------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A tensor that makes its rows on request."""
+
+    shape: tuple[int, ...]
+    make: Callable[[slice], NDArray[Any]]
+
+    def all(self, dtype: str) -> NDArray[Any]:
+        """Make all rows, a few at a time, so that their sources stay in the processor's cache."""
+        out = np.empty(self.shape, NUMPY_DTYPES[dtype])
+        step = max(1, _PIECE_ITEMS * len(out) // max(1, out.size))
+        for start in range(0, len(out), step):
+            out[start : start + step] = self.make(slice(start, start + step))
+        return out
+
+
+def converted(
+    rows: Rows, before: str, after: str, factor: float, vanished: Callable[[int], None]
+) -> NDArray[Any]:
+    """Return the values times a factor in another dtype, or in the same one.
+
+    `vanished` receives how many nonzero values became zero. Raises OverflowInCastError.
+    """
+    out = np.empty(rows.shape, NUMPY_DTYPES[after])
+    if not out.size:
+        return out
+    step, lost = max(1, _PIECE_ITEMS * len(out) // out.size), 0
+    for start in range(0, len(out), step):
+        values, piece = rows.make(slice(start, start + step)), out[start : start + step]
+        wide = to_float32(values, before)
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = wide if factor == 1.0 else wide * np.float32(factor)
+            piece[...] = rounded(product, after)
+        if not -LARGEST[after] <= product.min() <= product.max() <= LARGEST[after]:
+            made = to_float32(piece, after)
+            if (np.isinf(made) & np.isfinite(wide)).any():
+                raise OverflowInCastError
+        if factor < 1.0 or _SMALLEST[after] > _SMALLEST[before]:
+            magnitudes = piece.view(f"<u{piece.itemsize}") << 1  # without the sign of zeros
+            lost += int(np.count_nonzero(wide) - np.count_nonzero(magnitudes))
+    if lost:
+        vanished(lost)
+    return out
+
+
+def gathered(values: NDArray[Any], dim: int, indices: NDArray[np.intp]) -> Rows:
+    """Return the rows of a Gather."""
+
+    def make(rows: slice) -> NDArray[Any]:
+        # numpy's check of the indices costs more than gathering; a permutation's are right.
+        if dim:
+            return values[rows].take(indices, axis=1, mode="wrap")
+        return values.take(indices[rows], axis=0, mode="wrap")
+
+    return Rows((*values.shape[:dim], len(indices), *values.shape[dim + 1 :]), make)
+
+
+def averaged(parts: Sequence[tuple[NDArray[Any], str]]) -> Rows:
+    """Return the rows of the mean in float32 of arrays, each with its dtype."""
+
+    def make(rows: slice) -> NDArray[np.float32]:
+        first, *others = (to_float32(values[rows], dtype) for values, dtype in parts)
+        total = first.copy()
+        for each in others:
+            total += each
+        total /= np.float32(len(parts))
+        return total
+
+    return Rows(parts[0][0].shape, make)
+
+
+def transposed(parts: Iterable[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the transpose, of this shape, of matrices stacked by rows."""
+    out, start = np.empty(shape, NUMPY_DTYPES[dtype]), 0
+    for part in parts:
+        place = out[:, start : start + len(part)]
+        start += len(part)
+        for row in range(0, len(part), TILE):
+            for column in range(0, len(out), TILE):
+                tile = part[row : row + TILE, column : column + TILE]
+                place[column : column + TILE, row : row + TILE] = tile.T
+    return out

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from upcycle_cli.checkpoint.arrays import rounded, to_float32
+from upcycle_cli.checkpoint.header import OverflowInCastError, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.expressions import AddNoise, Permutation, Reinit, type_of
-from upcycle_cli.write.rows import OverflowInCastError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,6 +23,7 @@ from threading import Event, Lock
 from xxhash import xxh3_128
 
 from upcycle_cli.checkpoint.checkpoint import Reader
+from upcycle_cli.checkpoint.header import OverflowInCastError
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import (
     can_share,
@@ -297,7 +298,7 @@ class _Task:
     def _values(self, parts: Sequence[Part]) -> Iterator[tuple[int, memoryview]]:
         """Yield pieces of parts with the part's index; vanished values count for the first part."""
         # Imported here, since it imports numpy.
-        from upcycle_cli.write.evaluate import OverflowInCastError, evaluate_together
+        from upcycle_cli.write.evaluate import evaluate_together
 
         vanished = list[int]()
         exprs = [part.expr for part in parts]
