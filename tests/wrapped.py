@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 from conftest import SPECIAL, TINY, random_weight, read_json, save_companions, write_json
 
+sys.path.insert(0, str(Path(__file__).parent / "interoperability"))
+
+from interop.wrapped import WRAPPED, Wrapped
+
 from upcycle_cli import Recipe, verify
 from upcycle_cli.models.lookup import native_target, targets_of, wrapped_families
 from upcycle_cli.models.wrappers import WRAPPERS
@@ -17,7 +22,7 @@ from upcycle_cli.recipe.recipe import SHIPPED, Routing
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.result import CHECK_NAMES
 
-IMAGE, SOUND = 250, 252
+IMAGE, SOUND = 250, 254
 _TEXT: Mapping[str, Any] = {
     **TINY,
     "bos_token_id": 0,
@@ -25,88 +30,41 @@ _TEXT: Mapping[str, Any] = {
     "pad_token_id": None,
     "head_dim": 8,
 }
-_SEES: Mapping[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-_SEES_PATCHES: Mapping[str, Any] = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 4,
-}
-_TOKENS: Mapping[str, Any] = {
-    "image_token_id": IMAGE,
-    "video_token_id": 251,
-    "vision_start_token_id": 252,
-    "vision_end_token_id": 253,
-}
 ROPE: Mapping[str, Any] = {
     "rope_type": "default",
     "mrope_section": [1, 1, 2],
     "rope_theta": 10000.0,
 }
-AROUND: Mapping[str, dict[str, Any]] = {  # the config outside of the text model
-    "gemma3": {
-        "vision_config": {**_SEES, "model_type": "siglip_vision_model", "vision_use_head": False},
-        "image_token_index": IMAGE,
-        "boi_token_index": 251,
-        "eoi_token_index": 252,
-        "mm_tokens_per_image": 4,
-    },
-    "gemma4": {
-        "vision_config": {
-            **_SEES,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 16,
-            "use_clipped_linears": True,
-            "standardize": True,
-        },
-        "audio_config": {
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "subsampling_conv_channels": [8, 4],
-            "output_proj_dims": 24,
-        },
-        "image_token_id": IMAGE,
-        "video_token_id": 251,
-        "audio_token_id": SOUND,
-        "boi_token_id": 253,
-        "eoi_token_id": 254,
-        "boa_token_id": 255,
-        "eoa_token_index": 256,
-    },
-    "llava": {
-        "vision_config": {**_SEES, "model_type": "clip_vision_model"},
-        "image_token_index": IMAGE,
-    },
-    "mistral3": {
-        "vision_config": {**_SEES, "model_type": "pixtral", "head_dim": 8},
-        "image_token_index": IMAGE,
-    },
-    "qwen2_5_vl": {
-        "vision_config": {**_SEES_PATCHES, "window_size": 8, "fullatt_block_indexes": [0]},
-        **_TOKENS,
-    },
-    "qwen3_5": {"vision_config": {**_SEES_PATCHES, "num_position_embeddings": 16}, **_TOKENS},
-    "qwen3_vl": {
-        "vision_config": {
-            **_SEES_PATCHES,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-        **_TOKENS,
-    },
+_SMALL: Mapping[str, int] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "image_size": 16,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "head_dim": 8,
+    "window_size": 8,
+    "position_embedding_size": 16,
 }
+_HEARS: Mapping[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [8, 4],
+    "output_proj_dims": 24,
+}
+
+
+def _around(row: Wrapped) -> dict[str, Any]:
+    """The config outside of the text model: as other software reads it, but smaller."""
+    small = {key: value for key, value in _SMALL.items() if key in row.sees}
+    tokens = {key: IMAGE + number for number, key in enumerate(row.tokens)}
+    return {"vision_config": {**row.sees, **small}, **tokens, **row.around}
+
+
+AROUND = {name.split()[0]: _around(row) for name, row in WRAPPED.items()}
+AROUND["gemma4"] |= {"audio_config": _HEARS, "audio_token_id": SOUND}
+AROUND["gemma4"]["vision_config"] |= {"use_clipped_linears": True, "standardize": True}
 TEXTS: Mapping[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "gemma4_text": {**SPECIAL["gemma4_text"], "sliding_window": 8, "pad_token_id": 0},
