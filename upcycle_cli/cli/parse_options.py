@@ -15,13 +15,7 @@ import typer  # noqa: TC002 - it reads the annotations of a callback
 from upcycle_cli.cli.options import MoeOptions, file_options, read_path, with_flags
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import choose_from, shell_line
-from upcycle_cli.recipe.recipe import (
-    Growth,
-    NeuronOrder,
-    Recipe,
-    RouterInit,
-    parse_recipe_name,
-)
+from upcycle_cli.recipe.recipe import Growth, NeuronOrder, Recipe, RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.budget import Budget
@@ -240,10 +234,8 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
         names = [name for name in ("recipe", *_SIZES) if _source_of(context, name) == source]
         given = {name: context.params[name] for name in names}
         if "recipe" in given:
-            if len(given) > 1:
-                words = "--recipe already sets expansion, granularity and top-k."
-                raise UpcycleError(words, "Use one or the other.")
-            given = dict(zip(_SIZES, parse_recipe_name(given["recipe"]), strict=True))
+            recipe = Recipe(given.pop("recipe"), **given, allow_inexact=True)
+            given = {name: getattr(recipe, name) for name in _SIZES}
         found |= given
     if missing := [name for name in _SIZES if name not in found]:
         raise UpcycleError(

@@ -147,8 +147,8 @@ class ListedFile:
 
     name: str
     size: int
-    sha256: str | None  # of the whole file; weight files have none
-    header_sha256: str | None  # of a weight file's header
+    sha256: str | None = None  # of the whole file; weight files have none
+    header_sha256: str | None = None  # of a weight file's header
 
     def describes(self, file: BufferedReader) -> bool:
         """Whether an open file has the listed size and digest; OSError when unreadable."""
@@ -170,27 +170,14 @@ def read_header(file: BufferedReader) -> bytes:
 
 
 def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
-    """Return the files that a record lists: all but itself, card and checksums; UpcycleError."""
-    entries = record.get("files")
-    if not isinstance(entries, list) or not entries:
-        raise UpcycleError("upcycle.json lists no files.")
-    found: dict[str, ListedFile] = {}
-    for entry in entries:
-        name, size, *digests = (
-            entry.get(key) if isinstance(entry, dict) else None
-            for key in ("name", "size", "sha256", "header_sha256")
-        )
-        if not is_inner_name(name) or type(size) is not int or size < 0:
-            raise UpcycleError(f"upcycle.json lists {shown(entry)}, which is not a file.")
-        if sorted(map(is_digest, digests)) != [False, True] or None not in digests:
-            raise UpcycleError(f"upcycle.json lists {name} without a digest.")
-        found[name] = ListedFile(name, size, *digests)
-    return found
+    """Return the files that a record lists: all but itself, card and checksums.
 
-
-def is_digest(value: object) -> bool:
-    """Whether this is a SHA-256 in hexadecimal."""
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+    Raises ValueError, KeyError or TypeError for a damaged record. No file fits a wrong digest.
+    """
+    files = [ListedFile(**entry) for entry in record["files"]]
+    if not files or not all(is_inner_name(file.name) for file in files):
+        raise ValueError("there are no files, or one outside")
+    return {file.name: file for file in files}
 
 
 def read_checksums(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -25,18 +25,12 @@ _JOIN_SECONDS = 1.0
 """How long to wait for the thread of an abandoned run."""
 
 
-class _AbandonedError(BaseException):
-    """Ends the thread of an abandoned run; no code may catch it."""
-
-
 class Steps:
     """Work in a thread that stops at each `pause` until the next `advance`."""
 
     def __init__(self, work: Callable[[Callable[[], None]], None]) -> None:
-        self._work = work
-        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._abandoned = False
+        self._turn = threading.Barrier(2)
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._error: BaseException | None = None
         self.done = False
 
@@ -46,8 +40,9 @@ class Steps:
             return
         if self._thread.ident is None:
             self._thread.start()
-        self._go.release()
-        self._paused.acquire()
+        else:
+            self._turn.wait()
+        self._turn.wait()
         if self._error is not None:
             raise self._error
 
@@ -55,28 +50,22 @@ class Steps:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._abandoned = True
-        self._go.release()
+        self._turn.abort()  # ends the work of an abandoned run at its pause
         if self._thread.ident is not None:
             self._thread.join(_JOIN_SECONDS)
 
-    def _run(self) -> None:
-        self._go.acquire()
+    def _run(self, work: Callable[[Callable[[], None]], None]) -> None:
         try:
-            if not self._abandoned:
-                self._work(self._pause)
-        except _AbandonedError:
-            pass
+            work(self._pause)
         except BaseException as error:  # noqa: BLE001 - `advance` raises it again
             self._error = error
         self.done = True
-        self._paused.release()
+        with suppress(threading.BrokenBarrierError):
+            self._turn.wait()
 
     def _pause(self) -> None:
-        self._paused.release()
-        self._go.acquire()
-        if self._abandoned:
-            raise _AbandonedError
+        self._turn.wait()
+        self._turn.wait()
 
 
 @dataclass

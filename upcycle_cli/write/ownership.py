@@ -142,7 +142,7 @@ def _listed(output: Path, record: bytes) -> tuple[dict[str, ListedFile], Mapping
     try:
         value = json.loads(record)
         return listed_files(value), dict(value["routers"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UpcycleError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UpcycleError(
             f"{output / RECORD_NAME} does not say which files upcycle wrote, so {output} is not "
             "replaced.",
