@@ -33,7 +33,7 @@ from smollm2 import dense_and_scratch, load, token_ids
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.calibrate.collect import calibrate
-from upcycle_cli.calibrate.router_rows import loads
+from upcycle_cli.calibrate.fitting import loads
 from upcycle_cli.checkpoint.header import as_float32
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.output import Role

@@ -17,7 +17,7 @@ from upcycle_cli import Recipe, build_plan, convert, open_checkpoint, verify
 from upcycle_cli.api import Request, carry_out
 from upcycle_cli.calibrate import collect
 from upcycle_cli.calibrate.collect import TOKENS, calibrate
-from upcycle_cli.calibrate.router_rows import loads
+from upcycle_cli.calibrate.fitting import loads
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import targets_of

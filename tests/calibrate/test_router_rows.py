@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from upcycle_cli import Recipe, UpcycleError
-from upcycle_cli.calibrate.neuron_clusters import clustered_order
-from upcycle_cli.calibrate.router_rows import balanced, centroids, loads, prompted
+from upcycle_cli.calibrate.fitting import balanced, centroids, clustered_order, loads, prompted
 from upcycle_cli.write.random_draws import standard_normal
 
 Array = np.ndarray[Any, Any]

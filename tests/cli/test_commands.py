@@ -367,7 +367,7 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("convert", "DENSE", "OUT", *RECIPE, "--private"), "--private needs --push-to-hub"),
         (("convert", "", "OUT", *RECIPE), "it is empty"),
         (("convert", "DENSE", "OUT", *RECIPE, "--calibration", ""), "it is empty"),
-        (("covert",), "Did you mean convert?"),
+        (("covert",), "Did you mean 'convert'?"),
         (("convert", "--receipe", "E2G2T2"), "Did you mean --recipe?"),
         (("inspect", "DENSE", *RECIPE, "--routing", "topk-softmx"), "Did you mean topk-softmax?"),
         (("inspect", "DENSE", *RECIPE, "--dtype", "bf16"), "Did you mean bfloat16?"),

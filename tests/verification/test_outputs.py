@@ -125,7 +125,7 @@ def test_divergences_are_those_of_float64(size: float) -> None:
 def test_copies_of_an_expert_run_once_with_the_same_result(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from upcycle_cli.run.merge_copies import MergeCopies
+    from upcycle_cli.run.lazy_models import MergeCopies
 
     recipe = Recipe("E4G2T4")
     moe = convert(llama, tmp_path / "moe", recipe).output

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upcycle_cli.calibrate import router_rows
-from upcycle_cli.calibrate.neuron_clusters import Floats, clustered_order
-from upcycle_cli.calibrate.router_rows import Array
+from upcycle_cli.calibrate import fitting
+from upcycle_cli.calibrate.fitting import Array, Floats
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.header import as_float32, rounded, to_float32
 from upcycle_cli.core.callbacks import Progress
@@ -191,7 +190,7 @@ def _calibrate_layer(
     shape = recipe.router_rows, inputs_PH.shape[1]
     rows_EH = as_float32(rows, router.dtype, shape).astype(np.float64)
     logits_PE = inputs_PH @ rows_EH.T
-    load_E = router_rows.loads(logits_PE, recipe.rows_chosen)
+    load_E = fitting.loads(logits_PE, recipe.rows_chosen)
     mean_H, square_H = inputs_PH.mean(0), np.square(inputs_PH).mean(0)
     statistics = RouterStatistics(
         layer=router.layer,
@@ -200,12 +199,12 @@ def _calibrate_layer(
         logit_spread=float(logits_PE.mean(0).std()),
         load_cv=float(load_E.std() / load_E.mean()),
         idle=int((load_E == 0).sum()),
-        gates=router_rows.chosen_gates(logits_PE, recipe.rows_chosen),
+        gates=fitting.chosen_gates(logits_PE, recipe.rows_chosen),
     )
     order = None
     if recipe.neuron_order is NeuronOrder.CLUSTERED:
         stream, draw = order_name(router.layer), partial(standard_normal, recipe.seed)
-        order_I = clustered_order(inputs_PH, activity_PI, recipe.granularity, stream, draw)
+        order_I = fitting.clustered_order(inputs_PH, activity_PI, recipe.granularity, stream, draw)
         order = order_I.astype("<u4").tobytes()
     activity_I = activity_PI.mean(0)
     return LayerFound(statistics=statistics, activity=activity_I, rows=rows, order=order)
@@ -223,12 +222,12 @@ def _rows(
     stream, draw = router_stream(router.layer), partial(standard_normal, recipe.seed)
     match recipe.router_init:
         case RouterInit.BALANCED:
-            rows_EH = router_rows.balanced(inputs_PH, recipe, stream, draw)
+            rows_EH = fitting.balanced(inputs_PH, recipe, stream, draw)
         case RouterInit.CENTROIDS:
-            rows_EH = router_rows.centroids(inputs_PH, recipe, stream, draw)
+            rows_EH = fitting.centroids(inputs_PH, recipe, stream, draw)
         case RouterInit.PROMPTS:
             assert weights_EP is not None
-            rows_EH = router_rows.prompted(inputs_PH, weights_EP, recipe, stream)
+            rows_EH = fitting.prompted(inputs_PH, weights_EP, recipe, stream)
         case _:  # the rows are not fitted: the first of each group
             data = evaluate(router.expr, reader.mapped)
             size, copies = len(data) // recipe.num_experts, recipe.num_experts // recipe.router_rows

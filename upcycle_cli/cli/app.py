@@ -1,4 +1,8 @@
-"""The group of all commands. It turns errors into messages and exit codes."""
+"""The group of all commands, their help, and errors as messages and exit codes.
+
+`--help` is plain text in two levels; `--help-all` has the options that few people need, too. Words
+stay whole at any width: typer's own help draws boxes, which leave little of a narrow screen.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,21 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from upcycle_cli.cli import process, terminal
-from upcycle_cli.cli.help import FLAGS, PlainHelp
 from upcycle_cli.core.text import did_you_mean
 
 _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
+_HELP_FLAGS = ["-h", "--help", "--help-all"]
+_WIDEST = 100
+_FIRST, _LAST = "Arguments", "Options"
 
 # Typer's own or click's, depending on its version.
 _UsageError: Any = next(
@@ -25,7 +32,38 @@ _UsageError: Any = next(
 )
 
 
-class Command(PlainHelp, TyperCommand):
+class _PlainHelp:
+    """The usage line and the help of a command or a group."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 - as typer has them
+        """Note whether --help-all was given, which is a name of --help."""
+        ctx.meta["help_all"] = "--help-all" in args
+        return super().parse_args(ctx, args)  # type: ignore[misc]
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401
+        """Return the usage line after the command."""
+        names = [name for panel, name, *_ in _rows(self, ctx) if panel == _FIRST]
+        return ["[OPTIONS]", *(["COMMAND ..."] if isinstance(self, TyperGroup) else names)]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """Write the help; typer calls this for --help, and where a command is missing."""
+        rows, table = [*_rows(self, ctx)], []
+        shown = [row for row in rows if ctx.meta["help_all"] or not row[3]]
+        for name in sorted(dict.fromkeys(panel for panel, *_ in shown), key=_LAST.__eq__):
+            table += [("", [""]), (f"{name}:", [""])]
+            table += [(f"  {flags}", [words]) for panel, flags, words, _ in shown if panel == name]
+        usage = " ".join(["Usage:", ctx.command_path, *self.collect_usage_pieces(ctx)])
+        more = f"{len(rows) - len(shown)} more options: {ctx.command_path} --help-all"
+        parts: list[Any] = [Text(usage), Text(ctx.command.help), terminal.rows_table(table[1:])]
+        parts += [Text(more)] if len(shown) < len(rows) else []
+        console = terminal.stdout()
+        console.width = min(console.width, _WIDEST)
+        with console.capture() as captured:
+            terminal.show(*parts, to=console)
+        formatter.write(captured.get())
+
+
+class Command(_PlainHelp, TyperCommand):
     """A command whose errors are printed and become exit codes."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as typer has them
@@ -37,7 +75,7 @@ class Command(PlainHelp, TyperCommand):
             return super().invoke(ctx)
 
 
-class Commands(PlainHelp, TyperGroup):
+class Commands(_PlainHelp, TyperGroup):
     """The commands, each imported when it is called; errors become exit codes."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 - as typer has them
@@ -83,14 +121,29 @@ class Commands(PlainHelp, TyperGroup):
         sys.exit(code)
 
 
+def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, str, str, bool]]:  # noqa: ANN401
+    """Yield panel, name and description of everything, and whether it is for --help-all."""
+    for name in command.list_commands(ctx) if isinstance(command, TyperGroup) else ():
+        yield "Commands", name, command.get_command(ctx, name).help.split("\n")[0], False
+    for each in command.get_params(ctx):
+        panel, words = getattr(each, "rich_help_panel", None) or _LAST, each.help
+        if each.param_type_name == "argument":
+            yield _FIRST, each.metavar, words, False
+        elif "--help" in each.opts:
+            yield _LAST, "-h, --help", "Show this help; --help-all has every option.", False
+        else:
+            name = ", ".join(sorted(filter(str.strip, each.opts or each.secondary_opts), key=len))
+            name = name.replace("--", "--[no-]") if each.opts and each.secondary_opts else name
+            name += "" if each.is_flag else f" {each.metavar}"
+            yield panel, name, words, each.hidden
+
+
 def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
     """Return what is wrong with a command line, with the closest option or command."""
     words = " ".join(error.format_message().split())
     if type(error).__name__ == "NoSuchOption":
         flags = [flag for each in error.ctx.command.params for flag in each.opts]
         return f"there is no option {error.option_name}. {did_you_mean(error.option_name, flags)}"
-    if match := re.match("No such command '(.*?)'", words):
-        return f"there is no command {match[1]}. {did_you_mean(match[1], _COMMANDS)}"
     pattern = r"Invalid value for '([^']+)'.*: Input should be a valid (\w+).*"  # pydantic's words
     return re.sub(pattern, r"\1 must be a valid \2.", words)
 
@@ -101,7 +154,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": FLAGS},
+    context_settings={"help_option_names": _HELP_FLAGS},
 )
 
 

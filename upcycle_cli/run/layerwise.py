@@ -98,7 +98,7 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) ->
 
     def work(pause: Callable[[], None]) -> None:
         def end_layer(_module: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401
-            run.hidden = _first(output)
+            run.hidden = first_of(output)
             pause()
 
         with ExitStack() as hooks, torch.no_grad():
@@ -125,7 +125,7 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
         return (torch.cat([flat, run.extra.to(flat)])[None], *inputs[1:])
 
     def leave(_module: Model, _inputs: object, output: Any) -> Any:  # noqa: ANN401
-        made = _first(output)
+        made = first_of(output)
         if run.extra is None:
             run.mlp_output = made
             return None
@@ -140,7 +140,7 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
             run.extra = mlp.whole(run.extra.to(inputs[0]))
 
     def end(_module: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401
-        run.mlp_output = _first(output)
+        run.mlp_output = first_of(output)
 
     if isinstance(mlp, Span):
         yield mlp.first.register_forward_pre_hook(begin)
@@ -150,7 +150,7 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
         yield mlp.register_forward_hook(leave)
 
 
-def _first(output: Any) -> torch.Tensor:  # noqa: ANN401
+def first_of(output: Any) -> torch.Tensor:  # noqa: ANN401
     """Return the hidden states of an output, which can have more values."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found

@@ -3,28 +3,28 @@
 Only the weights are replaced; the code is transformers' own. The rows of the model types say which
 modules of a layer are its MLP, router and experts.
 
-Legend: S tokens, T top-k, H hidden size.
+Legend: S tokens, N experts, T top-k, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.models.lookup import dense_family, is_target
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_experts import Experts, find_experts
 from upcycle_cli.models.wrappers import Inside
-from upcycle_cli.run.layerwise import Span
+from upcycle_cli.run.layerwise import Span, first_of
 from upcycle_cli.run.lazy_weights import Stack, Stored
-from upcycle_cli.run.merge_copies import MergeCopies
 from upcycle_cli.run.models import (
     Model,
     TransformersError,
@@ -41,6 +41,8 @@ Round = Callable[[str, torch.Tensor], torch.dtype]
 """Returns the dtype that a weight is rounded to first, from its name in memory and its values."""
 Observe = Callable[[str, torch.Tensor], None]
 """Receives, by name, the inputs and products of each weight, and the outputs of layers."""
+_SAMPLE = 32
+"""How many elements of each part are compared first; most different experts differ there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,21 +136,18 @@ def lazy_model(
 
     net = _net(checkpoint.path, tensor, stacks)
     model = LazyModel(checkpoint, net, experts, mlp, weights)
-    if observe is not None:
-        _observe_layers(net, observe)
+
+    def note(name: str, _layer: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401
+        assert observe is not None
+        observe(name, first_of(output))
+
+    for number, layer in enumerate(decoder_layers(net) if observe else ()):
+        layer.register_forward_hook(partial(note, f"layers.{number}"))
     if experts is not None:
         for layer in experts.layers:
             module = model.layer(layer).get_submodule(experts.target.in_memory.module)
             module.register_forward_pre_hook(MergeCopies(experts, reader, layer))
     return model
-
-
-def _observe_layers(net: Model, observe: Observe) -> None:
-    def note(name: str, _layer: Model, _inputs: object, output: Any) -> None:  # noqa: ANN401
-        observe(name, output[0] if isinstance(output, tuple) else output)
-
-    for number, layer in enumerate(decoder_layers(net)):
-        layer.register_forward_hook(partial(note, f"layers.{number}"))
 
 
 def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
@@ -178,24 +177,20 @@ def _finder(
     """Return a function that maps a name in memory, or one that transformers writes, to disk."""
     if inside is None:
 
-        def names(name: str) -> Iterator[str]:
+        def names(name: str) -> tuple[str, str]:
             # Fused experts have the names in memory, except for the prefix.
-            yield from (name, root + name.removeprefix("model."))
+            return name, root + name.removeprefix("model.")
     else:
         loaded = {inside.in_memory(name): name for name in checkpoint.tensors}
         released = Inside(inside.wrapper, inside.wrapper.released)
 
-        def names(name: str) -> Iterator[str]:
-            yield from (loaded.get(name, ""), released.moved(name, inside))
+        def names(name: str) -> tuple[str, str]:
+            return loaded.get(name, ""), released.moved(name, inside)
 
     return lambda name: next((known for known in names(name) if known in checkpoint.tensors), None)
 
 
-def _net(
-    path: Path,
-    tensor: Find,
-    stacks: Mapping[tuple[int, str], Stack],
-) -> Model:
+def _net(path: Path, tensor: Find, stacks: Mapping[tuple[int, str], Stack]) -> Model:
     """Return a model with its weights left in their files; `stacks` are the experts' weights."""
     config = load_config(path)
     config._experts_implementation = "eager"  # noqa: SLF001 - others need one tensor of all
@@ -275,3 +270,55 @@ def _places(model: Model) -> dict[int, list[tuple[dict[str, Any], str]]]:
             for leaf, held in slots.items():
                 places.setdefault(id(held), []).append((slots, leaf))
     return places
+
+
+class MergeCopies:
+    """A hook on a layer's experts: copies of an expert run once, with the sum of their gates."""
+
+    def __init__(self, experts: Experts, reader: Reader, layer: int) -> None:
+        self._experts, self._reader, self._layer = experts, reader, layer
+        self._first_N: torch.Tensor | None = None
+
+    def __call__(
+        self, _module: Model, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Return the inputs with each chosen expert replaced by the first of its copies."""
+        states_SH, experts_ST, gates_ST, *rest = inputs
+        if self._first_N is None:
+            self._first_N = torch.tensor(self._find())
+        first_ST = self._first_N[experts_ST]
+        if torch.equal(first_ST, experts_ST):
+            return None
+        gates_SN = gates_ST.new_zeros(len(gates_ST), len(self._first_N))
+        gates_SN.scatter_add_(1, first_ST, gates_ST)
+        chosen_SN = torch.zeros_like(gates_SN).scatter_(1, first_ST, 1.0)
+        # A token with fewer different experts than another has gates of 0 in the rest of its row.
+        most = int(chosen_SN.sum(-1).max())
+        merged_ST = chosen_SN.topk(most).indices
+        return (states_SH, merged_ST, gates_SN.gather(1, merged_ST), *rest)
+
+    def _find(self) -> list[int]:
+        """Return for each expert the first one that has the same bytes."""
+        first: dict[bytes, int] = {}
+        found = []
+        for expert in range(self._experts.num_experts):
+            parts = self._parts(expert)
+            start = b"".join(bytes(raw_bytes(part.flatten()[:_SAMPLE])) for part in parts)
+            other = first.setdefault(start, expert)
+            same = zip(parts, self._parts(other), strict=True)
+            found.append(other if all(self._same_bytes(*pair) for pair in same) else expert)
+        return found
+
+    def _parts(self, expert: int) -> list[torch.Tensor]:
+        return [part for _, part in self._experts.parts(self._reader, self._layer, expert)]
+
+    def _same_bytes(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        if left.data_ptr() == right.data_ptr():
+            return True
+        if left.is_contiguous() and right.is_contiguous():
+            place = self._reader.on_disk(raw_bytes(left))
+            if place and place == self._reader.on_disk(raw_bytes(right)):
+                return True
+        # As integers, since a nan is equal to nothing; numpy is several times as fast as torch.
+        dtype = torch.int32 if left.element_size() == 4 else torch.int16
+        return np.array_equal(left.view(dtype).numpy(), right.view(dtype).numpy())

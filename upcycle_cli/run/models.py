@@ -1,25 +1,31 @@
 """Calls into transformers: configs, empty models and tokenizers.
 
 Its warnings, progress bars and log lines are hidden, and its errors about a damaged checkpoint
-become a `TransformersError`. Nothing here goes online.
+become a `TransformersError`. Nothing here goes online, and no code of a checkpoint runs: the code
+that this version writes for a model type is registered with transformers while it is needed.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, GENERATION_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
-from upcycle_cli.run.shipped import registered
+from upcycle_cli.models.lookup import family_of
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map, modeling_code
+from upcycle_cli.models.wrappers import wrapper_of
 
 Config: TypeAlias = Any
 Model: TypeAlias = Any
@@ -185,3 +191,42 @@ def tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     others = (GENERATION_NAME, "LICEN", "NOTICE", "USE_POLICY")
     names = (file.name for file in checkpoint.companions)
     return tuple(name for name in names if not name.startswith(others))
+
+
+@contextmanager
+def registered(model_type: str) -> Iterator[None]:
+    """Register a model type with shipped code while the context lasts."""
+    if not model_type.startswith(UPCYCLED_PREFIX):
+        yield
+        return
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    module = _classes(model_type)
+    config = module.UpcycledConfig
+    transformers.AutoConfig.register(model_type, config, exist_ok=True)
+    named = auto_map(wrapped=wrapper_of({"model_type": model_type}) is not None)
+    models = [(getattr(transformers, name), place) for name, place in named.items()][1:]
+    for auto, place in models:
+        auto.register(config, getattr(module, place.rpartition(".")[2]), exist_ok=True)
+    try:
+        yield
+    finally:
+        CONFIG_MAPPING._extra_content.pop(model_type, None)  # noqa: SLF001 - the only way
+        for auto, _ in models:
+            auto._model_mapping._extra_content.pop(config, None)  # noqa: SLF001
+
+
+@cache
+def _classes(model_type: str) -> ModuleType:
+    """Return a module with the code that is shipped with a model type."""
+    config = {"model_type": model_type}
+    wrapper = wrapper_of(config)
+    shipped = (wrapper or family_of(config)).classes
+    module = ModuleType(f"{__package__}.{model_type}")
+    sys.modules[module.__name__] = module
+    module.__file__ = f"<{module.__name__}>"
+    text = modeling_code(shipped, wrapped=wrapper is not None)
+    code = compile(text, module.__file__, "exec", dont_inherit=True)
+    exec(code, module.__dict__)  # noqa: S102 - it is ours
+    return module
