@@ -229,10 +229,9 @@ def _rows(
             assert weights_EP is not None
             rows_EH = fitting.prompted(inputs_PH, weights_EP, recipe, stream)
         case _:  # the rows are not fitted: the first of each group
-            data = evaluate(router.expr, reader.mapped)
-            size, copies = len(data) // recipe.num_experts, recipe.num_experts // recipe.router_rows
-            starts = range(0, len(data), size * copies)
-            return b"".join(data[start : start + size] for start in starts)
+            data = np.frombuffer(evaluate(router.expr, reader.mapped), np.uint8)
+            copies = recipe.num_experts // recipe.router_rows
+            return data.reshape(recipe.router_rows, copies, -1)[:, 0].tobytes()
     with np.errstate(over="ignore"):
         rows = rounded(rows_EH, router.dtype)
     check_rows(to_float32(rows, router.dtype), router.dtype, recipe.router_logit_std or 1.0, stream)
