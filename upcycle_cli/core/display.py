@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from enum import StrEnum
 from html import escape
 from io import StringIO
 from reprlib import Repr
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upcycle_cli.core.text import printable
 
@@ -37,7 +37,7 @@ class Compact:
 
     def __repr__(self) -> str:
         found = {field: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        shown = (f"{f.name}={_short(x)}" for f, x in found.items() if not _is_default(f, x))
+        shown = (f"{f.name}={_short(x)}" for f, x in found.items() if x is not f.default)
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -50,12 +50,6 @@ def _short(value: object) -> str:
     if isinstance(value, Sized) and not isinstance(value, str):
         return f"<{name} of {len(value)}>"
     return f"{name}(...)"
-
-
-def _is_default(field: Field[Any], value: object) -> bool:
-    makes = field.default_factory
-    default = field.default if makes is MISSING else makes()
-    return type(value) is type(default) and bool(value == default)
 
 
 class Result(Compact):

@@ -77,16 +77,14 @@ class LazyModel:
 
     def block(self, layer: int, target: Target) -> Model | Span:
         """Return the part of a layer that a conversion to `target` replaces, in either model."""
-        with transformers_errors():
-            if target.keeps_mlp:
-                return beside_mlp(self.layer(layer), target, is_moe=self.experts is not None)
-            return self.layer(layer).get_submodule(self.mlp)
+        if target.keeps_mlp:
+            return beside_mlp(self.layer(layer), target, is_moe=self.experts is not None)
+        return self.layer(layer).get_submodule(self.mlp)
 
     def router(self, layer: int) -> Model:
-        """Return the module that returns logits, gates and chosen experts; TransformersError."""
+        """Return the module that returns logits, gates and chosen experts."""
         assert self.experts is not None
-        with transformers_errors():
-            return self.layer(layer).get_submodule(self.experts.target.in_memory.gate)
+        return self.layer(layer).get_submodule(self.experts.target.in_memory.gate)
 
 
 def lazy_model(
