@@ -96,7 +96,7 @@ CHANGES: dict[str, tuple[Change, str | None, str | None]] = {
         "SHA256SUMS: it lists other files",
     ),
     "fewer checksums": (edit("SHA256SUMS", lambda d: d.partition(b"\n")[2]), "other", "other"),
-    "no checksums": (edit("SHA256SUMS", lambda d: d + b"nonsense\n"), "other", "other"),
+    "no checksums": (edit("SHA256SUMS", lambda d: d + b"nonsense\n"), "bad line", "bad line"),
     "a missing file": (remove(TEMPLATE), OK, f"{TEMPLATE} is missing"),
     "missing weights": (remove(SHARD), OK, f"{SHARD} is missing"),
     "a missing card": (remove("README.md"), OK, "README.md is missing"),

@@ -182,7 +182,10 @@ def read_checksums(path: Path) -> dict[str, str]:
     """Return the digests in a SHA256SUMS file by name; raises UpcycleError."""
     lines = read_small(path).decode(errors="replace").splitlines()
     parts = (line.partition(" ") for line in lines)
-    return {name[1:]: digest for digest, _, name in parts}  # a space or a star precedes the name
+    found = {name[1:]: digest for digest, _, name in parts}  # a space or a star precedes the name
+    if not all(map(is_inner_name, found)):
+        raise UpcycleError(f"{CHECKSUMS_NAME} has a bad line.")
+    return found
 
 
 def check_regular(path: Path, status: os.stat_result) -> None:

@@ -112,7 +112,7 @@ def checksum_failures(output: Path) -> Iterator[str]:
     try:
         for name, wanted in read_checksums(locate(output, CHECKSUMS_NAME)).items():
             if not os.path.lexists(output / name):
-                yield f"{name} of {CHECKSUMS_NAME} is missing"
+                yield f"{name} is missing"
             elif wanted != sha256_of(locate(output, name)):
                 yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
     except UpcycleError as error:
