@@ -36,15 +36,6 @@ _EXPRESSIONS_VERSION = 2
 """Increased whenever the same expression gives other bytes: 2 since numpy draws routers."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Upcycling(Compact):
-    """How dense MLPs become experts."""
-
-    recipe: Recipe
-    """Resolved, with the target's defaults filled in."""
-    family: Family
-
-
 @dataclass(frozen=True, kw_only=True)
 class Growing:
     """How an MoE grows: the copies of each expert, and N and T of the source."""
@@ -79,7 +70,10 @@ class Plan(Compact):
     expert_layout: ExpertLayout
     dense_parameters: int
     """Parameters of the source, without the tensors that are dropped."""
-    method: Upcycling | Growing
+    upcycles: tuple[Recipe, Family] | None = None
+    """The recipe, with the target's defaults filled in, and the dense model with its target."""
+    growing: Growing | None = None
+    """How an MoE grows; None for a plan that upcycles."""
     inputs: Inputs = field(default_factory=Inputs)
     merge: Merge | None = None
     """The other models that give experts."""
@@ -91,25 +85,16 @@ class Plan(Compact):
     """The digest before a calibration was bound to the plan."""
 
     @property
-    def growing(self) -> Growing | None:
-        """How an MoE grows; None for a plan that upcycles."""
-        return self.method if isinstance(self.method, Growing) else None
-
-    @property
-    def upcycling(self) -> Upcycling:
-        """How dense MLPs become experts; only for a plan that upcycles."""
-        assert isinstance(self.method, Upcycling), "this plan grows an MoE"
-        return self.method
-
-    @property
     def recipe(self) -> Recipe:
         """The resolved recipe; only for a plan that upcycles."""
-        return self.upcycling.recipe
+        assert self.upcycles is not None, "this plan grows an MoE"
+        return self.upcycles[0]
 
     @property
     def family(self) -> Family:
         """The dense model and its target; only for a plan that upcycles."""
-        return self.upcycling.family
+        assert self.upcycles is not None, "this plan grows an MoE"
+        return self.upcycles[1]
 
     @cached_property
     def factors(self) -> Factors:
@@ -121,9 +106,9 @@ class Plan(Compact):
         if self.merge is not None:
             words = "its experts come from several models, which compute different functions"
             return Promise.NONE, words
-        if isinstance(self.method, Upcycling):
+        if self.growing is None:
             return self.recipe.promise(self.factors, self.family.dense.mlp_kind)
-        exact = self.method.expand * self.method.source_top_k
+        exact = self.growing.expand * self.growing.source_top_k
         if self.top_k == exact:
             return Promise.EXACT, ""
         words = f"top-k is {self.top_k}, but only {exact} chooses all copies of the same experts"
@@ -171,9 +156,9 @@ class Plan(Compact):
     @property
     def how(self) -> dict[str, Any]:
         """How the output is made, in JSON values for the record."""
-        if isinstance(self.method, Growing):
+        if self.growing is not None:
             made = {"top_k": self.top_k, "routing": self.routing}
-            return {"growth": {**asdict(self.method), **made}}
+            return {"growth": {**asdict(self.growing), **made}}
         inputs, found, merge = self.inputs, self.calibration, self.merge
         stated: dict[str, Any] = {
             "recipe": {"name": self.recipe.name, **asdict(self.recipe)},

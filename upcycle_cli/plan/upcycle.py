@@ -8,7 +8,7 @@ conversion fails before it writes the first byte.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,8 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import source_names
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge
-from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
-from upcycle_cli.plan.plan import Plan, Upcycling
+from upcycle_cli.plan.output import Options, Role, fill_shards
+from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.tensors import TensorMaker
 from upcycle_cli.plan.texts import Prompts
 from upcycle_cli.plan.validate import check_source
@@ -97,15 +97,17 @@ def build_plan(
         expert_layout=row.check_layout(options.expert_layout, expert_size, hidden),
         dense_parameters=source.num_parameters
         - sum(source.tensors[name].num_elements for name in dropped),
-        method=Upcycling(recipe=recipe, family=family),
+        upcycles=(recipe, family),
         inputs=inputs,
         merge=merge,
         dropped=dropped,
     )
-    tensors = _tensors(plan)
-    _check_router_range(recipe, tensors)
-    _check_all_used(plan, tensors)
-    return replace(plan, shards=fill_shards(tensors, options.max_shard_bytes))
+    plan = _filled(plan)
+    _check_router_range(plan)
+    used = {model_of(name)[1] for tensor in plan.tensors for name in source_names(tensor.expr)}
+    unused = source.tensors.keys() - used - dropped.keys()
+    assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
+    return plan
 
 
 def bind(plan: Plan, found: Calibration) -> Plan:
@@ -122,16 +124,17 @@ def bind_recorded(plan: Plan, record: Mapping[str, Any]) -> Plan:
 
 
 def _bound(plan: Plan, found: Calibration | None, scale: float) -> Plan:
-    method = plan.upcycling
-    if plan.recipe.scaling is Scaling.MEASURED:
-        method = replace(method, recipe=replace(plan.recipe, scaling=scale))
-    bound = replace(plan, calibration=found, bound_digest=plan.digest, method=method)
-    return replace(bound, shards=fill_shards(_tensors(bound), plan.options.max_shard_bytes))
+    recipe = plan.recipe
+    if recipe.scaling is Scaling.MEASURED:
+        recipe = replace(recipe, scaling=scale)
+    upcycles = (recipe, plan.family)
+    return _filled(replace(plan, calibration=found, bound_digest=plan.digest, upcycles=upcycles))
 
 
-def _tensors(plan: Plan) -> tuple[OutputTensor, ...]:
-    """Return every output tensor; UpcycleError if the inputs do not fit the layers."""
-    return tuple(TensorMaker(plan).tensors())
+def _filled(plan: Plan) -> Plan:
+    """Return a plan with every output tensor; UpcycleError if the inputs do not fit the layers."""
+    tensors = tuple(TensorMaker(plan).tensors())
+    return replace(plan, shards=fill_shards(tensors, plan.options.max_shard_bytes))
 
 
 def _check_prompts(
@@ -150,10 +153,10 @@ def _check_prompts(
     prompts.of_groups([models[number] for number in merge.cycle])
 
 
-def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> None:
+def _check_router_range(plan: Plan) -> None:
     """Raise UpcycleError for a logit std that can overflow the routers' dtype."""
-    std = recipe.router_logit_std or 0.0
-    for tensor in (each for each in tensors if each.role is Role.ROUTER):
+    std = plan.recipe.router_logit_std or 0.0
+    for tensor in (each for each in plan.tensors if each.role is Role.ROUTER):
         # The norm's output has length √H; a row can be twice as long as the average.
         most = LARGEST[tensor.dtype] / (2 * math.sqrt(tensor.shape[-1]))
         if std > most:
@@ -162,10 +165,3 @@ def _check_router_range(recipe: Recipe, tensors: tuple[OutputTensor, ...]) -> No
                 f"{TORCH_DTYPES[tensor.dtype]}.",
                 f"Use a `router_logit_std` below {most:.3g}, or another `dtype`.",
             )
-
-
-def _check_all_used(plan: Plan, tensors: Collection[OutputTensor]) -> None:
-    """Assert that every source tensor is used or dropped."""
-    used = {model_of(name)[1] for tensor in tensors for name in source_names(tensor.expr)}
-    unused = plan.source.tensors.keys() - used - plan.dropped.keys()
-    assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
