@@ -61,8 +61,8 @@ LLAMA_TARGETS = "mixtral, qwen2_moe, glm4_moe, solar_open, upcycled."
 @pytest.mark.parametrize(
     ("config", "target", "routing", "words", "hint"),
     [
-        (tiny_config("llama"), "gpt_moe", None, "unknown target 'gpt_moe'", LLAMA_TARGETS),
-        (tiny_config("qwen2"), "mixtral", None, "cannot become mixtral.", "Choose from auto"),
+        (tiny_config("llama"), "gpt_moe", None, "cannot become 'gpt_moe'", LLAMA_TARGETS),
+        (tiny_config("qwen2"), "mixtral", None, "cannot become 'mixtral'.", "Choose from auto"),
         (tiny_config("llama"), "mixtral", SOFTMAX, "it has no softmax-topk", "`target` qwen2_moe."),
         (tiny_config("llama", attention_bias=True), "glm4_moe", None, "o_proj has no", ONLY_CODE),
         (tiny_config("llama", mlp_bias=True), "mixtral", None, "experts have none", ONLY_CODE),

@@ -117,7 +117,7 @@ def test_layers_that_a_target_cannot_keep_dense(target: str, layers: str, reason
     ],
 )
 def test_an_inconsistent_config(target: str, config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UpcycleError, match=re.escape(message)):
         NATIVE[target].moe_layers({"layers_block_type": None, **config}, 4)
 
 

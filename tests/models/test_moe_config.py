@@ -10,7 +10,7 @@ from conftest import sizes_of
 from shapes import tiny_config
 from test_dense import YARN
 
-from upcycle_cli import Recipe
+from upcycle_cli import Recipe, UpcycleError
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import Routing
@@ -61,9 +61,9 @@ def test_the_routing_that_a_config_states() -> None:
         theirs = transformers_config({"model_type": name})
         renormalises = getattr(theirs, "norm_topk_prob", True)
         assert (NATIVE[name].routing({}) is Routing.TOPK_SOFTMAX) == renormalises
-    with pytest.raises(ValueError, match="norm_topk_prob must be True or False, not 1"):
+    with pytest.raises(UpcycleError, match="norm_topk_prob must be True or False, not 1"):
         NATIVE["qwen3_moe"].routing({"norm_topk_prob": 1})
-    with pytest.raises(ValueError, match="norm_topk_prob must be True, not False"):
+    with pytest.raises(UpcycleError, match="norm_topk_prob must be True, not False"):
         NATIVE["glm4_moe"].routing({"norm_topk_prob": False})
 
 

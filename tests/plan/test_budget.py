@@ -123,7 +123,7 @@ def test_parse_budgets() -> None:
         (("--gpu-memory", "a lot"), "--gpu-memory 'a lot' is not a size"),
         (("--max-params", "1M", "--recipe", "E2G2T2"), "--recipe"),
         (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "--top-k, --noise"),
-        (("--max-params", "1M", "--target", "dots1"), "llama cannot become dots1"),
+        (("--max-params", "1M", "--target", "dots1"), "llama cannot become 'dots1'"),
     ],
     ids=str,
 )

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 from upcycle_cli.core.display import Compact
-from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models import defaults
 from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
@@ -225,13 +224,7 @@ def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     """Return the model that a text config describes; raises UpcycleError for invalid values."""
     config = family.with_current_keys(config)
     values = defaults.ConfigValues(config, family.model_type, family.keys)
-    if family.mlp_block is None:
-        kinds = ("layer",) * values["num_hidden_layers"]
-    else:
-        try:
-            kinds = block_types(config)
-        except ValueError as error:
-            raise UpcycleError(f"config.json: {error}.") from error
+    kinds = block_types(config) if family.mlp_block else ("layer",) * values["num_hidden_layers"]
     model = DenseModel(family, values.effective(), kinds, family.windows(values, len(kinds)))
     family.width(model.values)  # raises if MLPs have several sizes
     return model

@@ -152,11 +152,8 @@ def has_plain_attention(config: Mapping[str, Any]) -> bool:
     if family is not None and family.attention_was_tested:
         return True
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
-    whole = head_dim is None or (
-        type(heads) is int
-        and type(head_dim) is int
-        and heads * head_dim == config.get("hidden_size")
-    )
+    are_sizes = type(heads) is int and type(head_dim) is int
+    whole = head_dim is None or (are_sizes and heads * head_dim == config.get("hidden_size"))
     slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
     ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
     ropes += [kind for rope in ropes if isinstance(rope, dict) for kind in rope.values()]

@@ -77,7 +77,7 @@ class LayerChoice:
     """From the MoE layers, and the kinds of all dense layers, to config keys."""
     read: Callable[[_Config, int], Iterable[int]]
     """From a config with defaults, and its number of layers, to the MoE layers. Raises any of
-    _INVALID for an inconsistent config."""
+    INVALID or UpcycleError for an inconsistent config."""
     limits: str = ""
     """The limits of the keys, to follow "X cannot express this model: …"."""
     count: Callable[[_Config], int | None] = lambda _: None
@@ -99,17 +99,8 @@ class LayerChoice:
         able = (name for name, ls in scopes.items() if not self.objection(ls, ("mlp",) * 4))
         return next(able, "all")
 
-    def layers(self, config: _Config, count: int) -> tuple[int, ...]:
-        """Return the MoE layers that a config states; raises ValueError if it is inconsistent."""
-        try:
-            return tuple(self.read(config, count))
-        except _INVALID as error:
-            keys = self.write((0,), ("mlp",))
-            values = ", ".join(f"{key} is {shown(config.get(key))}" for key in keys)
-            raise ValueError(f"which layers have experts is unclear: {values}") from error
 
-
-_INVALID = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+INVALID = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _RANGE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 
 
@@ -145,16 +136,16 @@ OLD_BLOCKS = {"mamba": "linear_attention", "attention": "full_attention"}
 
 
 def block_types(config: _Config) -> tuple[str, ...]:
-    """Return the kind of each layer of a hybrid; raises ValueError for an invalid config."""
+    """Return the kind of each layer of a hybrid; UpcycleError for an invalid config."""
     kinds = config.get("layers_block_type")
     if kinds is None:
         pattern = config.get("hybrid_override_pattern")
         if not isinstance(pattern, str) or not pattern or not {*pattern} <= {*_BLOCKS}:
-            raise ValueError(f"hybrid_override_pattern is {shown(pattern)}")
+            raise UpcycleError(f"config.json: hybrid_override_pattern is {shown(pattern)}.")
         return tuple(_BLOCKS[letter] for letter in pattern)
     found = [OLD_BLOCKS.get(str(kind), str(kind)) for kind in kinds if isinstance(kinds, list)]
     if not found or not {*found} <= {*_BLOCKS.values()}:
-        raise ValueError(f"layers_block_type is {shown(kinds)}")
+        raise UpcycleError(f"config.json: layers_block_type is {shown(kinds)}.")
     return tuple(found)
 
 

@@ -87,7 +87,7 @@ def is_moe(config: Mapping[str, Any]) -> bool:
     if model_type in DENSE and model_type in NATIVE:
         try:
             return bool(NATIVE[model_type].moe_layers(config, 1))
-        except ValueError:
+        except UpcycleError:
             return False  # reading the dense config raises this error again
     if config.get("is_moe") is False:
         return False
@@ -296,8 +296,7 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        known = f"{family.title} cannot become {target}."
-        what = known if target in NATIVE else f"unknown target {target!r}."
+        what = f"{family.title} cannot become {target!r}."
         raise UpcycleError(what, choose_from(target, ("auto", *options)))
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)

@@ -15,7 +15,7 @@ from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import class_names, defaults_of
 from upcycle_cli.models.dense import DenseModel
-from upcycle_cli.models.layers import ALL, LayerChoice
+from upcycle_cli.models.layers import ALL, INVALID, LayerChoice
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
 from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside, replace_parts, text_config_of
@@ -298,18 +298,19 @@ class Target(Compact):
         return defaults_of(self.model_type).get(key)
 
     def count(self, config: Mapping[str, Any], key: str) -> int:
-        """Return a positive integer of a config; raises ValueError for any other value."""
+        """Return a positive integer of a config; UpcycleError for any other value."""
         value = self.value(config, key)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{key} must be a positive integer, not {shown(value)}")
+            words = f"config.json: {key} must be a positive integer, not {shown(value)}."
+            raise UpcycleError(words)
         return value
 
     def num_layers(self, config: Mapping[str, Any]) -> int:
-        """Return the number of layers of any kind; raises ValueError if it is invalid."""
+        """Return the number of layers of any kind; UpcycleError if it is invalid."""
         return self.layers.count(config) or self.count(config, "num_hidden_layers")
 
     def routing(self, config: Mapping[str, Any]) -> Routing:
-        """Return the routing that an MoE config states; raises ValueError for an unknown value."""
+        """Return the routing that an MoE config states; UpcycleError for an unknown value."""
         if self.keys.routing is None:
             return self.routings[0]
         key, meanings = self.keys.routing
@@ -318,8 +319,15 @@ class Target(Compact):
             if type(value) is type(meant) and value == meant:
                 return routing
         choices = " or ".join(map(shown, meanings))
-        raise ValueError(f"{key} must be {choices}, not {shown(value)}")
+        raise UpcycleError(f"config.json: {key} must be {choices}, not {shown(value)}.")
 
     def moe_layers(self, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-        """Return the layers with experts; raises ValueError if the config is inconsistent."""
-        return self.layers.layers({**defaults_of(self.model_type), **config}, num_layers)
+        """Return the layers with experts; UpcycleError if the config is inconsistent."""
+        config = {**defaults_of(self.model_type), **config}
+        try:
+            return tuple(self.layers.read(config, num_layers))
+        except INVALID as error:
+            keys = self.layers.write((0,), ("mlp",))
+            values = ", ".join(f"{key} is {shown(config.get(key))}" for key in keys)
+            words = f"config.json: which layers have experts is unclear: {values}."
+            raise UpcycleError(words) from error

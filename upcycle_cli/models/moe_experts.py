@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
-from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
+from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.lookup import target_of
 from upcycle_cli.models.mlp import Weight, find_weight, locate, parts_of, present_weights
@@ -148,25 +148,21 @@ class Experts:
 def find_experts(moe: Checkpoint) -> Experts:
     """Return the experts of an MoE; raises UpcycleError for an invalid config."""
     config, target = text_config_of(moe.config), target_of(moe.config, moe.tensors)
-    try:
-        keys = target.keys.num_experts, target.keys.top_k, target.keys.expert_size
-        num_experts, top_k, expert_size = (target.count(config, key) for key in keys)
-        num_layers = target.num_layers(config)
-        entries = moe.tensors.values()
-        rows = max((entry.shape[0] for entry in entries if entry.shape), default=0)
-        # Building a model with more layers or experts than tensors would take forever.
-        if num_layers > len(entries) or num_experts > max(len(entries), rows):
-            words = f"{num_layers} layers of {num_experts} experts are more than all tensors"
-            raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
-        layers = target.moe_layers(config, num_layers)
-        routing = target.routing(config)
-    except ValueError as error:
-        raise UpcycleError(f"{moe.path / CONFIG_NAME}: {error}.") from error
+    keys = target.keys.num_experts, target.keys.top_k, target.keys.expert_size
+    num_experts, top_k, expert_size = (target.count(config, key) for key in keys)
+    num_layers, routing = target.num_layers(config), target.routing(config)
+    entries = moe.tensors.values()
+    rows = max((entry.shape[0] for entry in entries if entry.shape), default=0)
+    # Building a model with more layers or experts than tensors would take forever.
+    if num_layers > len(entries) or num_experts > max(len(entries), rows):
+        words = f"{num_layers} layers of {num_experts} experts are more than all tensors"
+        raise UpcycleError(f"config.json: {words}.")
+    layers = target.moe_layers(config, num_layers)
     if not layers:
-        raise UpcycleError(f"{moe.path / CONFIG_NAME}: no layer is a mixture of experts.")
+        raise UpcycleError("config.json: no layer is a mixture of experts.")
     if top_k > num_experts:
         words = f"{target.keys.top_k} is {top_k}, more than the {num_experts} experts"
-        raise UpcycleError(f"{moe.path / CONFIG_NAME}: {words}.")
+        raise UpcycleError(f"config.json: {words}.")
     return Experts(moe, target, num_experts, top_k, expert_size, routing, layers, num_layers)
 
 
