@@ -26,7 +26,6 @@ from upcycle_cli.recipe.recipe import SHIPPED
 LLAVA: Row = ("llava", "llama", "mixtral")
 GEMMA3: Row = ("gemma3", "gemma3_text", SHIPPED)
 GEMMA4: Row = ("gemma4", "gemma4_text", SHIPPED)
-QWEN3: Row = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe_text")
 SOME = Recipe("E2G2T2")
 MakeWrapper = Callable[..., Path]
 MakeMoe = Callable[[Row], tuple[Path, Path]]
@@ -227,11 +226,3 @@ def test_refuse_a_wrapper(
     with pytest.raises(UpcycleError, match=words):
         convert(dense, tmp_path / "moe", SOME)
     assert not (tmp_path / "moe").exists()
-
-
-def test_refuse_square_matrices_since_readers_infer_their_orientation(
-    make_wrapper: MakeWrapper,
-) -> None:
-    dense = open_checkpoint(make_wrapper(*QWEN3[:2]))
-    with pytest.raises(UpcycleError, match="would be square, 32 by 32"):
-        build_plan(Recipe("E2G3T3"), dense, target=QWEN3[2])

@@ -62,31 +62,24 @@ def _qwen3_5_moe(dense: DenseModel) -> dict[str, Any]:
 
 
 def _layouts(
-    per_expert: Sequence[mlp.Weight],
-    fused: str,
+    per_expert: Sequence[mlp.Weight] = mlp.swiglu("mlp.experts.{expert}"),
+    fused: str = "mlp.experts",
     *,
+    router: str = "mlp.gate.weight",
     in_memory: Mapping[str, Any] | None = None,
     **names: Any,  # noqa: ANN401 - the other fields of a block
 ) -> Mapping[ExpertLayout, MoeBlock]:
     """Return experts with released names, and mlp.stacked below `fused` as in transformers 5.
 
-    `in_memory` has the names that differ there.
+    `in_memory` has the names that differ there. The defaults are qwen3_moe's.
     """
     released, gated = mlp.matrices_of(per_expert), "gate" in mlp.parts_of(per_expert)
-    fused_names = {**names, **(in_memory or {})}
+    names["router"] = router
+    held = {**names, **(in_memory or {})}
     return {
         ExpertLayout.PER_EXPERT: MoeBlock(experts=released, **names),
-        ExpertLayout.FUSED: MoeBlock(experts=mlp.stacked(fused, gated=gated), **fused_names),
+        ExpertLayout.FUSED: MoeBlock(experts=mlp.stacked(fused, gated=gated), **held),
     }
-
-
-def _qwen_layouts(
-    *,
-    router: str = "mlp.gate.weight",
-    **names: Any,  # noqa: ANN401 - as above
-) -> Mapping[ExpertLayout, MoeBlock]:
-    per_expert = mlp.swiglu("mlp.experts.{expert}")
-    return _layouts(per_expert, "mlp.experts", router=router, **names)
 
 
 def _shared_swiglu(prefix: str) -> tuple[mlp.Weight, ...]:
@@ -96,7 +89,6 @@ def _shared_swiglu(prefix: str) -> tuple[mlp.Weight, ...]:
 
 _MIXTRAL_LAYOUTS = _layouts(
     mlp.linear_layers(*(f"block_sparse_moe.experts.{{expert}}.w{i}" for i in (1, 3, 2))),
-    "mlp.experts",
     router="block_sparse_moe.gate.weight",
     in_memory={"router": "mlp.gate.weight"},
 )
@@ -114,7 +106,7 @@ _GRANITE_LAYOUTS = {
     ),
 }
 _GATED_SHARED: Any = {
-    "layouts": _qwen_layouts(shared=_shared_swiglu("mlp.shared_expert")),
+    "layouts": _layouts(shared=_shared_swiglu("mlp.shared_expert")),
     "shared": SharedExpert(
         router="mlp.shared_expert_gate.weight", size_key="shared_expert_intermediate_size", size=64
     ),
@@ -134,7 +126,7 @@ _NO_QKV_BIAS = {
 
 _QWEN: Any = {
     "routings": _EITHER_SOFTMAX,
-    "layouts": _qwen_layouts(),
+    "layouts": _layouts(),
     "keys": Keys(aliases=("num_local_experts",), routing=_BY_NORM),
 }
 _OLMO: Any = {**_QWEN, "keys": replace(_QWEN["keys"], expert_size="intermediate_size")}
@@ -148,7 +140,7 @@ _FOR_MLX = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
 _FOR_VLLM = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _DEEPSEEK: Any = {
     "routings": _SIGMOID_TOPK,
-    "layouts": _qwen_layouts(
+    "layouts": _layouts(
         shared=_shared_swiglu("mlp.shared_experts"),
         correction_bias="mlp.gate.e_score_correction_bias",
     ),
@@ -205,7 +197,7 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="hy_v3",
         routings=_SIGMOID_TOPK,
-        layouts=_qwen_layouts(
+        layouts=_layouts(
             router="mlp.router.gate.weight",
             shared=_shared_swiglu("mlp.shared_mlp"),
             correction_bias="mlp.expert_bias",
@@ -241,7 +233,7 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="ernie4_5_moe",
-        layouts=_qwen_layouts(
+        layouts=_layouts(
             shared=_shared_swiglu("mlp.shared_experts"),
             correction_bias="mlp.moe_statics.e_score_correction_bias",
             in_memory={"correction_bias": "mlp.gate.moe_statics.e_score_correction_bias"},
@@ -255,7 +247,7 @@ _ROWS: Sequence[Target] = (
     ),
     Target(
         model_type="hunyuan_v1_moe",
-        layouts=_qwen_layouts(router="mlp.gate.wg.weight", shared=_shared_swiglu("mlp.shared_mlp")),
+        layouts=_layouts(router="mlp.gate.wg.weight", shared=_shared_swiglu("mlp.shared_mlp")),
         keys=Keys(
             aliases=("num_local_experts",), top_k="moe_topk", expert_size="intermediate_size"
         ),
@@ -278,7 +270,7 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="cohere2_moe",
         routings=(Routing.TOPK_SOFTMAX, Routing.SIGMOID_TOPK),
-        layouts=_qwen_layouts(shared=_shared_swiglu("mlp.shared_experts")),
+        layouts=_layouts(shared=_shared_swiglu("mlp.shared_experts")),
         keys=Keys(
             expert_size="intermediate_size",
             dense_size="prefix_dense_intermediate_size",

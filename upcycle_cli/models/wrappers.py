@@ -66,20 +66,12 @@ class Wrapper:
     """Whether its config may hold the text model's settings at the top level."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of released tensor names with their in-memory replacement."""
-    parts: tuple[str, ...] = ("text_config", "vision_config")
-    """The keys of nested configs."""
 
     @property
     def classes(self) -> tuple[str, str, str]:
         """Its config, base model and full model in transformers."""
         name = self.class_prefix
         return f"{name}Config", f"{name}Model", f"{name}ForConditionalGeneration"
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """The model types of its configs, before and after upcycling."""
-        others = (native for native, _ in self.natives.values())
-        return tuple(dict.fromkeys((self.model_type, *others, self.upcycled)))
 
     @property
     def upcycled(self) -> str:
@@ -183,11 +175,15 @@ _ROWS: Sequence[Wrapper] = (
         class_prefix="Gemma4",
         natives={"gemma4_text": ("gemma4", "Gemma4")},
         tied=True,
-        parts=("text_config", "vision_config", "audio_config"),
     ),
 )
 WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in _ROWS}
-_BY_TYPE = {name: row for row in _ROWS for name in row.types}
+_BY_TYPE = {
+    name: row
+    for row in _ROWS
+    for name in (row.model_type, row.upcycled, *(native for native, _ in row.natives.values()))
+}
+"""By the model type of a config, before and after upcycling."""
 
 
 def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
@@ -248,6 +244,6 @@ def _flat_keys(wrapper: Wrapper) -> set[str]:
 
 def nested_configs(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys under which a config holds the configs of wrapped models."""
-    wrapper = wrapper_of(config)
-    if wrapper is not None:
-        yield from (key for key in wrapper.parts if isinstance(config.get(key), Mapping))
+    if wrapper_of(config) is not None:
+        parts = ("text_config", "vision_config", "audio_config")
+        yield from (key for key in parts if isinstance(config.get(key), Mapping))
