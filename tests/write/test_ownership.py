@@ -107,7 +107,7 @@ CHANGES: dict[str, tuple[Change, str | None, str | None]] = {
         "not say which",
     ),
     "a record of no files": (set_files(None), "not say", "not say"),
-    "a record of other places": (set_files([{"name": "../x"}]), "not say", "not say"),
+    "a record of other places": (set_files([{"name": "../x"}]), FOREIGN, "x is missing"),
 }
 
 

@@ -11,13 +11,12 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import make_durable
@@ -139,24 +138,6 @@ def is_inner_name(name: object) -> TypeGuard[str]:
     return bool(path.parts) and path.parts[0] != "/" and ".." not in path.parts
 
 
-@dataclass(frozen=True)
-class ListedFile:
-    """A file of an output as its `upcycle.json` lists it."""
-
-    name: str
-    size: int
-    sha256: str | None = None  # of the whole file; weight files have none
-    header_sha256: str | None = None  # of a weight file's header
-
-    def describes(self, file: BufferedReader) -> bool:
-        """Whether an open file has the listed size and digest; OSError when unreadable."""
-        if os.fstat(file.fileno()).st_size != self.size:
-            return False
-        if self.sha256 is not None:
-            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
-        return header_digest(file) == self.header_sha256
-
-
 def header_digest(file: BufferedReader) -> str:
     """Return the SHA-256 of an open weight file's header."""
     return hashlib.sha256(read_header(file)).hexdigest()
@@ -165,17 +146,6 @@ def header_digest(file: BufferedReader) -> str:
 def read_header(file: BufferedReader) -> bytes:
     """Return an open weight file's header; a false length reads a limited number of bytes."""
     return file.read(min(int.from_bytes(file.read(8), "little"), MOST_LISTING_BYTES))
-
-
-def listed_files(record: Mapping[str, Any]) -> dict[str, ListedFile]:
-    """Return the files that a record lists: all but itself, card and checksums.
-
-    Raises ValueError, KeyError or TypeError for a damaged record. No file fits a wrong digest.
-    """
-    files = [ListedFile(**entry) for entry in record["files"]]
-    if not files or not all(is_inner_name(file.name) for file in files):
-        raise ValueError("there are no files, or one outside")
-    return {file.name: file for file in files}
 
 
 def read_checksums(path: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.header import parse_header
@@ -20,9 +21,8 @@ from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, REPORT_NAME
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import (
     CHECKSUMS_NAME,
-    ListedFile,
+    header_digest,
     is_directory,
-    listed_files,
     locate,
     open_regular,
     read_checksums,
@@ -41,7 +41,7 @@ class Inventory:
 
     record_digest: str
     """Identifies the output."""
-    listed: Mapping[str, ListedFile]
+    listed: Mapping[str, object]
     """The files that its record lists; the record, the card and the checksums are not listed."""
     own: tuple[str, ...]
     """The files that belong to the output."""
@@ -137,12 +137,13 @@ def record_digest(output: Path) -> str | None:
         return None
 
 
-def _listed(output: Path, record: bytes) -> tuple[dict[str, ListedFile], Mapping[str, object]]:
+def _listed(output: Path, record: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the files that a record lists, and the digests of the routers."""
     try:
         value = json.loads(record)
-        return listed_files(value), dict(value["routers"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        files = {str(entry["name"]): entry for entry in value["files"]}
+        return files, dict(value["routers"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcycleError(
             f"{output / RECORD_NAME} does not say which files upcycle wrote, so {output} is not "
             "replaced.",
@@ -151,7 +152,7 @@ def _listed(output: Path, record: bytes) -> tuple[dict[str, ListedFile], Mapping
 
 
 def _change(
-    path: Path, name: str, listed: Mapping[str, ListedFile], routers: Mapping[str, object]
+    path: Path, name: str, listed: Mapping[str, object], routers: Mapping[str, object]
 ) -> str:
     """Return how a file of an output differs from what upcycle wrote; empty if it does not."""
     if name == CHECKSUMS_NAME:
@@ -160,10 +161,14 @@ def _change(
     if name not in listed:
         return ""
     with open_regular(path) as file:
-        if not listed[name].describes(file):
+        is_weights = name.endswith(".safetensors")
+        if is_weights:
+            digest = {"header_sha256": header_digest(file)}
+        else:
+            digest = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        if listed[name] != {"name": name, "size": os.fstat(file.fileno()).st_size} | digest:
             return f"it is not the file that {RECORD_NAME} lists"
         file.seek(0)
-        is_weights = name.endswith(".safetensors")
         # Any training changes the routers; experts are not read.
         for entry in parse_header(read_header(file), path, name)[0] if is_weights else ():
             if entry.name in routers:
