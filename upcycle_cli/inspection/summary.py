@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
+from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError
@@ -174,14 +174,12 @@ def _inspect_moe(
     tied = bool(text_config_of(checkpoint.config).get("tie_word_embeddings", False))
     fused = experts.layout is ExpertLayout.FUSED
     idle = experts.num_parameters // num_experts * (num_experts - experts.top_k)
-    record = facts = found = None
-    if checkpoint.storage.has(RECORD_NAME):
-        record = read_json(checkpoint.storage.local(RECORD_NAME))
+    facts = found = None
     # From the record, since the expansion cannot be seen in the MoE.
-    parameters = (record or {}).get("parameters")
+    parameters = (experts.record or {}).get("parameters")
     recorded = parameters.get("dense") if isinstance(parameters, dict) else None
     if weights:
-        if len(sources) == 1 and isinstance((record or {}).get("experts_from"), dict):
+        if len(sources) == 1 and isinstance((experts.record or {}).get("experts_from"), dict):
             raise UpcycleError(
                 f"{checkpoint.path} has experts of several models by its {RECORD_NAME}, and only "
                 f"{sources[0].path} is given.",
@@ -216,7 +214,7 @@ def _inspect_moe(
             shared=experts.shares,
         ),
         trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),
-        record=record,
+        record=experts.record,
         weights=facts,
         load=found,
     )

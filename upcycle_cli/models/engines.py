@@ -121,8 +121,10 @@ def engines(
     if it differs.
     """
     found = [Engine("transformers", Support.RUNS)]
+    every = ALL_SHIPPED if target.startswith(UPCYCLED_PREFIX) else target
     for name in (*ENGINES, *OTHERS):
-        known = {TIED: SAME, **_verdicts(target, name)}
+        own, usual = (table("engines").get(each, {}).get(name) for each in (target, every))
+        known = {TIED: SAME, **(usual or {} if own is None else own)}
         if target.startswith(UPCYCLED_PREFIX):  # shipped code has one layout
             known[FUSED] = SAME
         parts = (SOME_LAYERS, str(routing), FUSED, TIED, SCALED, SHARED)
@@ -163,14 +165,6 @@ def has_plain_attention(config: Mapping[str, Any]) -> bool:
     shares = {rope[key] for rope in stated if key in rope} or {config.get(key, usual.get(key, 1.0))}
     turns = key not in usual or shares == {1.0}
     return whole and not slides and kinds <= {"default"} and turns
-
-
-def _verdicts(target: str, engine: str) -> Mapping[str, str]:
-    """Return the verdict on each routing and property that was tested."""
-    every = ALL_SHIPPED if target.startswith(UPCYCLED_PREFIX) else target
-    own, usual = (table("engines").get(name, {}).get(engine) for name in (target, every))
-    found: Mapping[str, str] = own if own is not None else usual or {}
-    return found
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,7 @@ def locate(
 
 def find_weight(weights: Sequence[Weight], part: str) -> Weight:
     """Return the weight that holds a part; raises KeyError if none does."""
-    for weight in weights:
-        if part in weight.parts:
-            return weight
-    raise KeyError(part)
+    return {own: weight for weight in weights for own in weight.parts}[part]
 
 
 def parts_of(weights: Sequence[Weight]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, raw_bytes
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
@@ -110,11 +110,15 @@ class Experts:
         return found if shared.size_key else found * self.expert_size
 
     @cached_property
+    def record(self) -> dict[str, Any] | None:
+        """The content of upcycle.json, if there is one."""
+        storage = self.moe.storage
+        return read_json(storage.local(RECORD_NAME)) if storage.has(RECORD_NAME) else None
+
+    @property
     def shares(self) -> bool:
         """Whether a shared expert contributes, by the recorded recipe or else by its existence."""
-        storage = self.moe.storage
-        record = read_json(storage.local(RECORD_NAME)) if storage.has(RECORD_NAME) else {}
-        recipe = record.get("recipe")
+        recipe = (self.record or {}).get("recipe")
         if isinstance(recipe, dict):
             return bool(recipe.get("shared_experts"))
         return self.shared_width > 0
