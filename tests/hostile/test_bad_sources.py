@@ -255,7 +255,11 @@ SHARDS: tuple[tuple[str, Damage, str], ...] = (
     ("a shard that is not there", place("model-00099-of-00099.safetensors"), "missing"),
     ("a tensor in another shard", places(misplace), f"{INDEX}|{LAST}"),
     ("a tensor that is not there", places(lambda p: p.update(x=p[LAST])), f"{INDEX}|x"),
-    ("a tensor left out", places(lambda files: files.pop(LAST)), f"{INDEX}|does not list {LAST}"),
+    (
+        "a tensor left out",
+        places(lambda files: files.pop(LAST)),
+        f"{INDEX}|{LAST} in no file",
+    ),
     ("a tensor twice", copy_shard, "is in both|copy.safetensors"),
 )
 

@@ -384,8 +384,6 @@ def _check_index(
     stored = {name: entry.shard for name, entry in tensors.items()}
     for name in (*weight_map, *stored):
         listed, found = weight_map.get(name), stored.get(name)
-        if listed is None:
-            raise UpcycleError(f"{path / INDEX_NAME} does not list {name} of {found}.")
         if found != listed:
-            where = f"but it is in {found}" if found else "which lacks it"
-            raise UpcycleError(f"{path / INDEX_NAME} lists {name} in {listed}, {where}.")
+            words = f"lists {name} in {listed or 'no file'}, and it is in {found or 'no file'}"
+            raise UpcycleError(f"{path / INDEX_NAME} {words}.", "Download or copy it again.")

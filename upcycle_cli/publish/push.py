@@ -6,12 +6,15 @@ so the same command resumes a push that was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle_cli.checkpoint.card_metadata import is_edited
+from upcycle_cli.checkpoint.card_metadata import is_edited, read_front_matter
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     INDEX_NAME,
@@ -26,7 +29,6 @@ from upcycle_cli.core.text import counted, printable, size_text
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
-from upcycle_cli.publish.licences import reminders
 from upcycle_cli.write.ownership import Inventory, checksum_failures, take_inventory
 
 if TYPE_CHECKING:
@@ -280,3 +282,44 @@ def _commit(
             f"uploading to {destination.repo} failed: {client.error_text(error)}.",
             "Nothing was published. The same command continues where this one stopped.",
         ) from error
+
+
+# Licences ---------------------------------------------------------------------------------------
+
+
+def reminders(card: str, repo: str, files: Collection[str]) -> tuple[str, ...]:
+    """Return what the licence named in a card requires and the repo does not have."""
+    try:
+        named = read_front_matter(card, ("license_name", "license")).values()
+    except UpcycleError:
+        return ()
+    names = [name.lower() for name in named if isinstance(name, str)]
+    # Reminders, not legal advice. Sources: llama.com/llama3/license, llama.com/llama3_1/license and
+    # later ones (section 1.b), ai.meta.com/llama/license (Llama 2, section 1.b),
+    # ai.google.dev/gemma/terms (section 3.1).
+    rules = json.loads((resources(__package__) / "licences.json").read_text("utf-8"))
+    for rule in rules:
+        # The pattern is for `license`, or for `license_name` where the licence is "other".
+        if any(re.fullmatch(rule["pattern"], name) for name in names):
+            return tuple(_missing(rule, card, repo, files))
+    return ()
+
+
+def _missing(
+    rule: Mapping[str, str], card: str, repo: str, files: Collection[str]
+) -> Iterator[str]:
+    wants, name = f"the {rule['licence']} requires", repo.rsplit("/", maxsplit=1)[-1]
+    prefix, phrase = rule.get("prefix", ""), rule.get("phrase", "")
+    if not _letters(name).startswith(_letters(prefix)):
+        yield f'{wants} the name of the model to begin with "{prefix}"; "{name}" does not.'
+    if phrase.lower() not in card.lower():
+        yield f'{wants} the model card to say "{phrase}".'
+    if not any(name.upper().startswith("NOTICE") for name in files):
+        words = f'{wants} a file "Notice" in the repo that says: "{rule["notice"]}".'
+        yield f"{words} Add it with `hf upload {repo} Notice`."
+    if not any(name.upper().startswith(("LICENSE", "LICENCE")) for name in files):
+        yield f"{wants} a copy of itself in the repo. Add it with `hf upload {repo} LICENSE`."
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

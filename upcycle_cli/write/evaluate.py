@@ -69,34 +69,27 @@ def evaluate_together(
     unless random draws need all of it; anything else is made whole.
     """
     first, evaluator = exprs[0], _Evaluator(read, vanished)
-    if isinstance(first, ex.Transpose) and not any(map(_is_drawn, ex.leaves(first.of))):
-        for piece in _columns_in_pieces(first.of):
-            yield 0, _bytes(evaluator.value(ex.Transpose(piece)))
+    if isinstance(first, ex.Transpose) and not any(
+        isinstance(leaf, ex.AddNoise | ex.Reinit) for leaf in ex.leaves(first.of)
+    ):
+        count, width = ex.type_of(first.of).shape
+        step = max(1, _TRANSPOSED_ITEMS // (max(1, count) * TILE)) * TILE
+        for start in range(0, width, step):
+            columns = _columns(first.of, start, min(start + step, width))
+            yield 0, _bytes(evaluator.value(ex.Transpose(columns)))
     elif len(exprs) == 1:
         yield 0, evaluate(first, read, vanished)
     else:
         gathers = [_gather_of(expr) for expr in exprs]
         offset, width = gathers[0].offset, gathers[0].order.size
         values = evaluator.value(gathers[0].of)[:, offset : offset + width]
-        columns = [permutation(each.order)[each.start : each.stop] for each in gathers]
+        orders = [permutation(each.order)[each.start : each.stop] for each in gathers]
         step = max(1, _TOGETHER_ITEMS // max(1, width))
         for start in range(0, len(values), step):
             rows = evaluator.applied(first, values[start : start + step])
-            for number, each in enumerate(columns):
+            for number, each in enumerate(orders):
                 # numpy's check of the indices costs more than gathering.
                 yield number, _bytes(rows.take(each, axis=1, mode="wrap"))
-
-
-def _is_drawn(expr: ex.Expr) -> bool:
-    return isinstance(expr, ex.AddNoise | ex.Reinit)
-
-
-def _columns_in_pieces(expr: ex.Expr) -> Iterator[ex.Expr]:
-    """Yield expressions for a few columns of a matrix at a time."""
-    count, width = ex.type_of(expr).shape
-    step = max(1, _TRANSPOSED_ITEMS // (max(1, count) * TILE)) * TILE
-    for start in range(0, width, step):
-        yield _columns(expr, start, min(start + step, width))
 
 
 def _columns(expr: ex.Expr, start: int, stop: int) -> ex.Expr:

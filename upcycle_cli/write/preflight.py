@@ -27,7 +27,6 @@ def check_name(output: Path) -> None:
 
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     """Raise UpcycleError if writing OUTPUT would harm the source or other files."""
-    check_name(output)
     try:
         target, origin = output.resolve(), source.path.resolve()
         places = {(source.path / name).resolve().parent for name in source.files} | {origin}
