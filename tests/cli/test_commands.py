@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -83,8 +84,10 @@ def test_help_in_two_levels_fits_any_screen(command: str) -> None:
         assert min(len(re.findall(r"^  -", p, re.MULTILINE)) for p in panels if "\n  -" in p) > 1
     short, every = shown[80, "--help"], shown[80, "--help-all"]
     assert len(short.splitlines()) <= 75
-    assert short == succeed(command, "-h").stdout
-    assert (short == every) == ("more options" not in short)
+    assert short == succeed(command, "-h").stdout == succeed(command, "-help").stdout
+    assert (short == every) == ("more option" not in short)
+    whole, narrow = (re.findall("  upcycle .*", shown[width, "--help"]) for width in (120, 60))
+    assert whole == narrow
     assert {*re.findall(r"--[a-z-]+", short)} <= {*re.findall(r"--[a-z-]+", every)}
 
 
@@ -362,6 +365,7 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("convert", "DENSE", "OUT", *RECIPE, "--expand", "2"), "takes no --recipe"),
         (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "9" * 400), "is not a size"),
         (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "5GB×8"), "is not a size"),
+        (("convert", "DENSE", "OUT", *RECIPE, "--max-shard-size", "2"), "write 2GB"),
         (("inspect", "DENSE", "--max-params", "5MB"), "write 50B or 700M"),
         (("convert", "DENSE", "OUT", *RECIPE, "--rest", "mean"), "--rest needs --experts-from"),
         (("convert", "DENSE", "OUT", *RECIPE, "--private"), "--private needs --push-to-hub"),
@@ -377,7 +381,7 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("verify", "DENSE", "DENSE", "--checks", "weigths"), "Did you mean weights?"),
         (("inspect", "gpt2"), "ORG/NAME"),
         (("convert", "DENSE", "OUT", "-r", "E2G2T3"), "or pass --allow-inexact to convert"),
-        (("convert", "DENSE", *RECIPE), "Missing argument 'OUTPUT'"),
+        (("convert", "DENSE", *RECIPE), "missing argument 'OUTPUT'"),
         (("verify", "DENSE", "DENSE", "--checks", "all"), "directory, weights, outputs"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
@@ -386,8 +390,8 @@ def test_options_that_do_not_fit_are_refused_with_advice(
     llama: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     places = {"DENSE": str(llama), "OUT": str(tmp_path / "out")}
-    result = invoke(*(places.get(word, word) for word in arguments))
-    assert result.exit_code == 2
+    result = invoke(*(places.get(word, word) for word in arguments), "--json")
+    assert result.exit_code == json.loads(result.stdout)["exit_code"] == 2
     assert words in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
 

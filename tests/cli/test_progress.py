@@ -23,6 +23,7 @@ def test_long_work_prints_a_line_every_ten_seconds(
         (9, "writing", 1, []),
         (25, "downloading", 0, ["downloading: 10 s", "downloading: 20 s"]),
         (25, "", 0, []),
+        (15, "checking outputs", 0, ["checking outputs: loading, 10 s"]),
         (15, "checking outputs", 1, ["checking outputs: 1 of 4 layers, 10 s (about 30 s left)"]),
     ):
         now, end, display = 0.0, seconds, progress.Display()

@@ -107,7 +107,12 @@ def test_parse_budgets() -> None:
     assert to_budget("50B", None, None) == Budget(max_params=50 * 10**9)
     wanted = Budget(max_params=1_500_000_000, max_active=700_000_000)
     assert to_budget("1.5b", "700M", None) == wanted
-    memory = {"80GB×8": 640 * 10**9, "80 GiB x 2": 160 * 2**30, "24GB": 24 * 10**9}
+    memory = {
+        "80GB×8": 640 * 10**9,
+        "8x80GB": 640 * 10**9,
+        "80 GiB x 2": 160 * 2**30,
+        "24GB": 24 * 10**9,
+    }
     for text, size in memory.items():
         assert to_budget(None, None, text) == Budget(gpu_bytes=size)
     assert to_budget(None, None, None) is None
@@ -118,7 +123,7 @@ def test_parse_budgets() -> None:
     [
         (("--max-params", "many"), "--max-params 'many' is not a number of parameters"),
         (("--max-active", "0"), "no recipe fits"),
-        (("--gpu-memory", "80"), "no recipe fits"),
+        (("--gpu-memory", "80"), "80 means 80 bytes; write 80GB"),
         (("--gpu-memory", "80GBx0"), "no recipe fits"),
         (("--gpu-memory", "a lot"), "--gpu-memory 'a lot' is not a size"),
         (("--max-params", "1M", "--recipe", "E2G2T2"), "--recipe"),

@@ -111,7 +111,7 @@ def test_an_output_that_cannot_fit_is_refused_before_writing(
 ) -> None:
     disk_with(monkeypatch, 8_000_000)
     # 4 MB are kept free for files beside the weights; 8 MB of experts are too many then.
-    refuses(llama, "not enough disk space", "8 MB free", arguments=("--recipe", "E256G1T1"))
+    refuses(llama, "not enough disk space", "8.00 MB free", arguments=("--recipe", "E256G1T1"))
     assert list(tmp_path.glob("*.partial")) == []
 
 

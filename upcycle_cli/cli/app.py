@@ -19,10 +19,10 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from upcycle_cli.cli import process, terminal
-from upcycle_cli.core.text import did_you_mean
+from upcycle_cli.core.text import counted, did_you_mean
 
 _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
-_HELP_FLAGS = ["-h", "--help", "--help-all"]
+_HELP_FLAGS = ["-h", "-help", "--help", "--help-all"]
 _WIDEST = 100
 _FIRST, _LAST = "Arguments", "Options"
 
@@ -53,7 +53,7 @@ class _PlainHelp:
             table += [("", [""]), (f"{name}:", [""])]
             table += [(f"  {flags}", [words]) for panel, flags, words, _ in shown if panel == name]
         usage = " ".join(["Usage:", ctx.command_path, *self.collect_usage_pieces(ctx)])
-        more = f"{len(rows) - len(shown)} more options: {ctx.command_path} --help-all"
+        more = f"{counted(len(rows) - len(shown), 'more option')}: {ctx.command_path} --help-all"
         parts: list[Any] = [Text(usage), Text(ctx.command.help), terminal.rows_table(table[1:])]
         parts += [Text(more)] if len(shown) < len(rows) else []
         console = terminal.stdout()
@@ -68,7 +68,7 @@ class Command(_PlainHelp, TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as typer has them
         """Run the command."""
-        as_json = ctx.params["json"]
+        as_json = ctx.params["json"] or ctx.params.get("json_full", False)
         if as_json or ctx.params.get("quiet") or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with terminal.errors_to_exit_codes(as_json=as_json):
@@ -102,9 +102,9 @@ class Commands(_PlainHelp, TyperGroup):
         run = functools.partial(super().main, args, **options, standalone_mode=False)
         if not standalone_mode:
             return run()
-        code = 0
+        code, as_json = 0, "--json" in (sys.argv if args is None else args)
         try:
-            with terminal.errors_to_exit_codes(as_json=False):
+            with terminal.errors_to_exit_codes(as_json=as_json):
                 code = run() or 0
         except typer.Exit as ending:
             code = ending.exit_code
@@ -115,6 +115,9 @@ class Commands(_PlainHelp, TyperGroup):
             else:
                 words, context = _mistake(error).strip(), error.ctx
                 usage = context and f"{context.get_usage()}\nSee `{context.command_path} --help`."
+                words = words[:1].lower() + words[1:]
+                if as_json:
+                    terminal.print_error_json(words, code, usage)
                 terminal.say_error(words, usage)
         except SystemExit as ending:  # a library's 1 does not mean that a verification failed
             code = process.EXIT_ERROR if ending.code else 0

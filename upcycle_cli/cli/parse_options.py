@@ -62,7 +62,7 @@ def places(context: typer.Context, source: Path | None, output: Path | None) -> 
     if named is not None and alone == [True, False]:
         source, output = read_path(named), source
     if source is None or output is None:
-        context.fail(f"Missing argument '{'SOURCE' if source is None else 'OUTPUT'}'.")
+        context.fail(f"missing argument '{'SOURCE' if source is None else 'OUTPUT'}'.")
     context.params |= {"source": source, "output": output}
     return source, output
 
@@ -248,10 +248,13 @@ def _recipe_sizes(context: typer.Context) -> dict[str, int]:
 def _number(name: str, text: str, kind: tuple[str, str]) -> int:
     """Read a number with a unit of a thousand, a million and so on, such as 5GB or 80GB×8."""
     unit, wanted = kind
+    text = re.sub(r"^\s*(\d+)\s*[x×*]\s*(\S.*)$", r"\2x\1", text) if kind is _MEMORY else text
     pattern = rf"\s*(\d{{1,12}}(?:\.\d{{1,6}})?)\s*{unit}\s*"
     match = re.fullmatch(pattern, text, re.IGNORECASE)
     if match is None:
         raise UpcycleError(f"{_flags([name])} '{text}' is not {wanted}.")
     number, prefix, binary, times = match.groups()
     power = " KMGT".index(prefix.upper().replace("B", "G") or " ")
+    if power == 0 and kind is not _COUNT and 1 <= float(number) < 1e6:
+        raise UpcycleError(f"{_flags([name])} {text} means {number} bytes; write {number}GB.")
     return int(float(number) * (1024 if binary else 1000) ** power) * int(times or 1)

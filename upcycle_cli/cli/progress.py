@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_BY_THE_HUB = ("downloading", "pushing")
 """On a terminal, huggingface_hub shows its own bars for these steps."""
+_LOADS_FIRST = ("calibrating", "checking outputs", "checking load")
+"""These steps load models before the first layer is done."""
 
 
 class Display(Hooks):
@@ -38,11 +40,11 @@ class Display(Hooks):
         """Note a step, and end the one before it."""
         raise_signal()
         self.ends()
-        self.step = what
+        self.step, self.amount = what, "loading" if what in _LOADS_FIRST else ""
         if self.bars is not None and what not in _SHOWN_BY_THE_HUB:
             for task in self.bars.task_ids:
                 self.bars.remove_task(task)
-            self.task = self.bars.add_task(what, total=None, amount="")
+            self.task = self.bars.add_task(what, total=None, amount=self.amount)
             self.bars.start()
 
     def advance(self, num_bytes: int) -> None:

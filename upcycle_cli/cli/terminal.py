@@ -111,6 +111,11 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def print_error_json(message: str, code: int, hint: str | None) -> None:
+    """Print the JSON object of a command that stops with an error."""
+    print_json({"status": "error", "exit_code": code, "message": message, "hint": hint})
+
+
 def json_text(value: object) -> str:
     """Return a value as ASCII JSON, which every terminal shows and every parser reads."""
     return dumps(_json_value(value), indent=2).replace("\x7f", r"\u007f")
@@ -142,16 +147,23 @@ def _valid(text: str) -> str:
 
 
 @contextmanager
-def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[None]:
-    """Print errors that a user can fix, unless `silent`, and end the command with an exit code."""
+def errors_to_exit_codes(
+    *, as_json: bool, silent: bool = False, resumes: bool = False
+) -> Iterator[None]:
+    """Print errors that a user can fix, unless `silent`, and end the command with an exit code.
+
+    `resumes` means that the same command continues after a signal.
+    """
     code = EXIT_ERROR
     try:
         yield
         return  # noqa: TRY300
     except (StoppedError, KeyboardInterrupt):
         code, word = stopped()
-        words = f"{word}; incomplete output was not published."
-        found = UpcycleError(words, "The same command resumes where it stopped.")
+        found = UpcycleError(f"{word}.")
+        if resumes:
+            words = f"{word}; incomplete output was not published."
+            found = UpcycleError(words, "The same command resumes where it stopped.")
     except BaseException as error:
         if (known := in_words(error)) is None:
             raise
@@ -160,7 +172,7 @@ def errors_to_exit_codes(*, as_json: bool, silent: bool = False) -> Iterator[Non
         raise typer.Exit(code)
     message, hint = with_flags(found.message), with_flags(found.hint or "") or None
     if as_json:
-        print_json({"status": "error", "exit_code": code, "message": message, "hint": hint})
+        print_error_json(message, code, hint)
     fail(message, code, hint)
 
 

@@ -136,10 +136,10 @@ def _http_error(repo: str, revision: str | None, error: HfHubHTTPError) -> Upcyc
         hint += "" if signed_in else f" {SIGN_IN}"
         return UpcycleError(f"access to {repo} is restricted, and {why}.", hint)
     if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "Your token may lack access to it." if signed_in else SIGN_IN
+        hint = "your token may lack access to it." if signed_in else f"s{SIGN_IN[1:]}"
         return UpcycleError(
             f"{repo} is neither a local directory nor a repo that you can see on the Hub.",
-            f"Check the name. If it is private: {hint}",
+            f"Check the name. If it is private, {hint}",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         hint = "Check the branch, tag or commit."

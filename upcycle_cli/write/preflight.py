@@ -11,6 +11,7 @@ from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
 from upcycle_cli.core.safe_files import is_directory, is_in, locate, open_regular
+from upcycle_cli.core.text import size_text
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership, take_inventory
 from upcycle_cli.write.staging import aside_of, disk_bytes, partial_of
@@ -76,8 +77,8 @@ def check_space(plan: Plan, output: Path) -> None:
         where, free = output if directory == place else directory, shutil.disk_usage(directory).free
         if nbytes > free and not (directory == place and can_share(place)):
             raise UpcycleError(
-                f"not enough disk space for {where}: {nbytes / 1e6:,.0f} MB needed, "
-                f"{free / 1e6:,.0f} MB free.",
+                f"not enough disk space for {where}: {size_text(nbytes)} needed, "
+                f"{size_text(free)} free.",
                 "Free some, or write to another file system."
                 if directory == place
                 else "Free some, or set HF_HOME to a directory on another file system.",

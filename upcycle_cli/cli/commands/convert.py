@@ -56,7 +56,7 @@ def convert(
     """Convert a dense model into a Mixture of Experts (MoE), or grow an MoE.
 
     Example:
-      upcycle convert Llama-3.1-8B Llama-3.1-8B-E8G1T2 --recipe E8G1T2 --verify
+      upcycle convert Llama-3.1-8B moe --recipe E8G1T2 --verify
     """
     source, output = values.places(context, source, output)  # before the slow imports
     from upcycle_cli.api import Request, carry_out, preview
@@ -67,7 +67,7 @@ def convert(
     team = Team.launched()
     screen = _Screen(context, team)
     with (
-        terminal.errors_to_exit_codes(as_json=json, silent=not team.leads),
+        terminal.errors_to_exit_codes(as_json=json, silent=not team.leads, resumes=not dry_run),
         team,
         progress_bar(screen, silent=screen.silent),
     ):

@@ -28,7 +28,7 @@ def push(
     Refuses an incomplete one. Files that the repo already has are not sent again.
 
     Example:
-      upcycle push Llama-3.1-8B-E8G1T2 my-org/Llama-3.1-8B-E8G1T2 --private
+      upcycle push moe my-org/Llama-3.1-8B-E8G1T2 --private
     """
     from upcycle_cli.cli.render_json import push_json
     from upcycle_cli.publish.push import push as push_directory
