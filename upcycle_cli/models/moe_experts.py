@@ -81,7 +81,7 @@ class Experts:
     def router(self, reader: Reader, layer: int) -> torch.Tensor:
         """Return the router's rows, (N, H)."""
         shape = (self.num_experts, self.hidden_size)
-        return _read(self.moe, reader, self.router_name(layer), shape)
+        return self._read(reader, self.router_name(layer), shape)
 
     def parts(self, reader: Reader, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parts of one expert: gate and up (I, H), down (H, I), and biases."""
@@ -94,7 +94,7 @@ class Experts:
         found = locate(weights, part, width=self.expert_size, expert=expert)
         shape = find_weight(weights, part).shape(self.expert_size, self.hidden_size)
         shape = shape if found.row is None else (self.num_experts, *shape)
-        held = _read(self.moe, reader, self.name(layer, found.tensor), shape)
+        held = self._read(reader, self.name(layer, found.tensor), shape)
         return found.select(held, self.cut(part))
 
     @property
@@ -130,19 +130,35 @@ class Experts:
             return None
         found = locate(weights, part, width=self.shared_width)
         name = self.name(layer, found.tensor)
-        return _read(self.moe, reader, name)[found.index] if name in self.moe.tensors else None
+        return self._read(reader, name)[found.index] if name in self.moe.tensors else None
 
     def shared_works(self, reader: Reader, layer: int) -> bool:
         """Whether the shared expert of a layer has a nonzero output."""
         norm = None if self.target.shared is None else self.target.shared.norm
         if norm is not None:
-            return bool(_read(self.moe, reader, self.name(layer, norm)).any())
+            return bool(self._read(reader, self.name(layer, norm)).any())
         down = self.shared_part(reader, layer, "down")
         return down is not None and bool(down.any())
 
     def cut(self, part: str) -> int | None:
         """Return the dimension of a part's neurons in memory; None for a down bias."""
         return find_weight(self.target.in_memory.experts, part).split_dim
+
+    def _read(
+        self, reader: Reader, name: str, shape: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """Return a tensor; UpcycleError if it is missing or does not have the `shape`."""
+        path = self.moe.path
+        if name not in self.moe.tensors:
+            raise UpcycleError(f"{path} lacks {name}, which its config.json implies.")
+        dtype = self.moe.tensors[name].dtype
+        if dtype not in TORCH_DTYPES:
+            raise UpcycleError(f"{path}: {name} is stored as {dtype}, which cannot be read.")
+        tensor = reader.tensor(name)
+        if shape not in (None, tensor.shape):
+            words = f"{[*tensor.shape]}, but config.json implies {[*(shape or ())]}"
+            raise UpcycleError(f"{path}: {name} has shape {words}.")
+        return tensor
 
     def _weights(self, layer: int) -> tuple[Weight, ...]:
         rows = self.target.layouts[self.layout].experts
@@ -168,21 +184,3 @@ def find_experts(moe: Checkpoint) -> Experts:
         words = f"{target.keys.top_k} is {top_k}, more than the {num_experts} experts"
         raise UpcycleError(f"config.json: {words}.")
     return Experts(moe, target, num_experts, top_k, expert_size, routing, layers, num_layers)
-
-
-def _read(
-    checkpoint: Checkpoint, reader: Reader, name: str, shape: tuple[int, ...] | None = None
-) -> torch.Tensor:
-    """Return a tensor; UpcycleError if it is missing or does not have the `shape`."""
-    if name not in checkpoint.tensors:
-        raise UpcycleError(f"{checkpoint.path} lacks {name}, which its config.json implies.")
-    dtype = checkpoint.tensors[name].dtype
-    if dtype not in TORCH_DTYPES:
-        raise UpcycleError(f"{checkpoint.path}: {name} is stored as {dtype}, which cannot be read.")
-    tensor = reader.tensor(name)
-    if shape not in (None, tensor.shape):
-        raise UpcycleError(
-            f"{checkpoint.path}: {name} has shape {[*tensor.shape]}, but config.json implies "
-            f"{[*(shape or ())]}."
-        )
-    return tensor
