@@ -12,8 +12,7 @@ from shapes import tiny_config, write_hollow
 from upcycle_cli import Recipe, UpcycleError, build_plan, open_checkpoint
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.merge import Merge
-from upcycle_cli.plan.mergekit import read_mergekit
-from upcycle_cli.plan.texts import read_prompts
+from upcycle_cli.plan.texts import read_mergekit, read_prompts
 
 CONTENT = {
     "base_model": "a",

@@ -117,7 +117,7 @@ def use_file(context: typer.Context, option: typer.CallbackParam, path: Path | N
 
         values = load_config(path, file_options(context))
     else:
-        from upcycle_cli.plan.mergekit import read_mergekit
+        from upcycle_cli.plan.texts import read_mergekit
 
         values = read_mergekit(path)
     context.default_map = {**(context.default_map or {}), **values}
