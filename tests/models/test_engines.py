@@ -54,9 +54,6 @@ def test_plain_attention() -> None:
     for kind, plain in (("default", True), ("yarn", False)):
         rope = {"full_attention": {"rope_type": kind, "rope_theta": 5.0}}
         assert has_plain_attention({"model_type": "mellum", "rope_parameters": rope}) is plain
-
-
-def test_attention_that_rotates_a_part_of_each_head_is_not_plain() -> None:
     for saved in ({"rope_parameters": {"partial_rotary_factor": 0.25}}, {}):
         assert not has_plain_attention({"model_type": "glm4_moe", **saved})
         assert has_plain_attention({"model_type": "mixtral", **saved})
