@@ -119,15 +119,13 @@ def _check_extents(
     entries: Sequence[TensorEntry], file_path: Path, data_start: int, file_bytes: int
 ) -> None:
     """Raise UpcycleError unless the tensors follow one another and fill the file."""
-    position, previous = data_start, "the header"
-    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
-        if entry.offset != position:
-            words = f"tensor {entry.name} does not begin where {previous} ends"
-            raise UpcycleError(f"{file_path}: {words}.", _HINT)
-        position, previous = entry.offset + entry.nbytes, entry.name
-    if position != file_bytes:
-        words = f"has {file_bytes:,} bytes, and its tensors end at byte {position:,}"
-        raise UpcycleError(f"{file_path} is truncated or too long: it {words}.", _HINT)
+    places = sorted((entry.offset, entry.offset + entry.nbytes) for entry in entries)
+    ends = [data_start, *(end for _, end in places)]
+    if [*(begin for begin, _ in places), file_bytes] != ends:
+        words = f"it has {file_bytes:,} bytes, and its tensors end at byte {ends[-1]:,}"
+        raise UpcycleError(
+            f"{file_path} is truncated or damaged: {words}, or do not follow one another.", _HINT
+        )
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
