@@ -69,13 +69,7 @@ LLAMA_TARGETS = "mixtral, qwen2_moe, glm4_moe, solar_open, upcycled."
         (NEMOTRON_H | {"layers_block_type": ["full_attention"]}, "auto", None, "no layer", NONE),
         (NEMOTRON_H, "auto", RENORMALISED, "it has no topk-softmax routing", NONE),
         (tiny_config("qwen3", **MIXED), "qwen3_moe", None, "only some layers", "`target` dots1."),
-        (
-            tiny_config("qwen3", **MIXED),
-            "glm4_moe",
-            None,
-            "the target supports none",
-            "`target` dots1.",
-        ),
+        (tiny_config("qwen3", **MIXED), "glm4_moe", None, "supports none", "`target` dots1."),
         *(
             (PHI3 | settings, "mixtral", None, words, ONLY_CODE)
             for settings, words in (

@@ -81,14 +81,13 @@ def measure_drift(
                 f"the MoE was not made from {checkpoint.path}: experts {experts.expert_size} wide "
                 f"are not shards of MLPs {model.intermediate_size} wide."
             )
-    parts = [part for part, _ in experts.parts(moe, experts.layers[0], 0)]
 
     def layers() -> Iterator[_Layer]:
         for layer in experts.layers:
             own = _shared_neurons(experts, moe, sources[0], layer) if len(shared) else shared
             left_out = own if len(own) else shared
             dense = [
-                {part: _dense_rows(source, layer, part, left_out) for part in parts}
+                {part: _dense_rows(source, layer, part, left_out) for part in experts.part_names}
                 for source in sources
             ]
             yield _Layer(experts, moe, layer, group_size, dense)

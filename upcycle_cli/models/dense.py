@@ -179,11 +179,6 @@ class DenseModel(Compact):
         key = "partial_rotary_factor"
         return float(self.values[key]) if key in defaults.defaults_of(self.model_type) else 1.0
 
-    @property
-    def rotary_dim(self) -> int:
-        """The number of rotated rows of each head."""
-        return int(self.size("head_dim") * self.rotary_share)
-
     def size(self, product: str) -> int:
         """Return a product of config keys and integers."""
         return defaults.dimension(product, self.values)

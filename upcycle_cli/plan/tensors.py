@@ -160,7 +160,8 @@ class TensorMaker:
             whole = stop - start == ex.type_of(stored).shape[0]
             expr: ex.Expr = stored if whole else ex.Slice(stored, 0, start, stop)
             if piece.halves:
-                expr = ex.DeinterleaveRotary(expr, dense.size("head_dim"), dense.rotary_dim)
+                size = dense.size("head_dim")
+                expr = ex.DeinterleaveRotary(expr, size, int(size * dense.rotary_share))
             new_name = self._target.prefix(layer) + piece.name
             yield OutputTensor.of(new_name, self._options.cast(expr), Role.COPIED, layer)
             start = stop
