@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from upcycle_cli.recipe.recipe import Growth as Growth
     from upcycle_cli.recipe.recipe import Recipe as Recipe
     from upcycle_cli.training import tie_virtual_groups as tie_virtual_groups
+    from upcycle_cli.verification.prompts import TextOptions as TextOptions
     from upcycle_cli.verification.verify import verify as verify
     from upcycle_cli.write.writer import WriteOptions as WriteOptions
 
@@ -40,6 +41,7 @@ _PLACES = {
     "MergeRequest": "plan.merge",
     "Options": "plan.output",
     "Recipe": "recipe.recipe",
+    "TextOptions": "verification.prompts",
     "UpcycleError": "core.errors",
     "WriteOptions": "write.writer",
     "__version__": "core.version",

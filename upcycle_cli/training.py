@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class TiedGroups:
     """G, the router rows per group; 1 if the model has no groups, and then nothing is tied."""
     routers: tuple[str, ...]
     """The names of the tied router parameters, each of shape (E·G, H)."""
-    handles: tuple[RemovableHandle, ...]
+    handles: tuple[RemovableHandle, ...] = field(repr=False)
 
     def remove(self) -> None:
         """Untie the rows, from the next backward pass on."""

@@ -63,6 +63,7 @@ def test_results_fit_a_screen(results: Mapping[str, Any]) -> None:
     lengths = {type(each).__name__: len(repr(each)) for each in held([*results.values()])}
     lengths |= {type(each).__name__: len(repr(each)) for each in results.values()}
     assert {name: length for name, length in lengths.items() if length > 1500} == {}
+    assert repr(results["verify"]).startswith("Report(status='passed', ")
 
 
 def test_summaries_are_what_commands_print(results: Mapping[str, Any], llama: Path) -> None:

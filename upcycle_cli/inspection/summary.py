@@ -266,7 +266,7 @@ def _target_rows(targets: Sequence[TargetFacts]) -> Iterator[Row]:
 def _record_text(record: Mapping[str, Any] | None) -> str:
     """Describe the conversion that upcycle.json states; its values can be anything."""
     if record is None:
-        return "unknown: there is no upcycle.json"
+        return "not recorded (normal after training)"
     try:
         recipe, source = record.get("recipe", {}), record["source"]["name"]
         if isinstance(record.get("growth"), dict):

@@ -25,7 +25,7 @@ from upcycle_cli.checkpoint.storage import (
 from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, MOST_JSON_BYTES, matches, read_small
-from upcycle_cli.core.text import counted, printable, size_text
+from upcycle_cli.core.text import counted, printable, shell_line, size_text
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
@@ -162,7 +162,7 @@ def push(
     )
     # First, because it is faster than reading the files.
     check_destination(destination)
-    found = _check_complete(directory)
+    found = _check_complete(directory, destination.repo)
     files = {name: directory / name for name in found.own}
     has_report = REPORT_NAME in files
     card = card_for_repo(_read_card(files[CARD_NAME]), repo, with_report=has_report)
@@ -199,13 +199,14 @@ def push(
     )
 
 
-def _check_complete(directory: Path) -> Inventory:
+def _check_complete(directory: Path, repo: str) -> Inventory:
     """Return the files of an output; UpcycleError unless it is complete and unchanged."""
+    upload = shell_line(["hf", "upload", repo, str(directory)])
     if not (directory / RECORD_NAME).is_file():
         raise UpcycleError(
             f"{directory} is not a finished output of upcycle: it has no {RECORD_NAME}.",
             "If a conversion was interrupted, run the same `upcycle convert` again. To upload any "
-            f"other directory: hf upload REPO {directory}",
+            f"other directory, such as a trained model: {upload}",
         )
     found = take_inventory(directory)
     if failures := found.failures or [*checksum_failures(directory)]:
@@ -213,7 +214,7 @@ def _check_complete(directory: Path) -> Inventory:
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",
             f"{listed}\nConvert again with `overwrite=True`. If you trained the model, its card "
-            "and record no longer describe it: upload it with `hf upload`.",
+            f"and record no longer describe it: {upload}",
         )
     return found
 

@@ -177,7 +177,7 @@ def _moved_words(held: Floats, wanted: Floats) -> str | None:
             continue
         if len(moved) == 2:
             return f"has {what}s {moved[0]} and {moved[1]} exchanged"
-        return f"has its {what}s in another order ({len(moved)} of {len(one)} moved)"
+        return f"has its {what}s in another order ({len(moved):,} of {len(one):,} moved)"
     return None
 
 
@@ -186,7 +186,7 @@ def _plain_words(held: Floats, wanted: Floats) -> str:
     differ = held.view("<u4") != wanted.view("<u4")
     first = np.unravel_index(int(differ.argmax()), differ.shape)
     return (
-        f"differs in {int(differ.sum())} of {differ.size} elements, first at "
+        f"differs in {int(differ.sum()):,} of {differ.size:,} elements, first at "
         f"{[int(place) for place in first]}: {float(held[first]):.8g} instead of "
         f"{float(wanted[first]):.8g}"
     )

@@ -52,7 +52,8 @@ class MismatchError(Exception):
 def read_record(moe: Checkpoint) -> Record:
     """Return the MoE's record; RecordError if it is missing or has another format."""
     if not moe.storage.has(RECORD_NAME):
-        raise RecordError(f"{RECORD_NAME} is missing, so its recipe is unknown")
+        words = "is missing, which is normal after training: use `upcycle inspect"
+        raise RecordError(f"{RECORD_NAME} {words} TRAINED --weights --dense DENSE`")
     try:
         record = read_json(moe.storage.local(RECORD_NAME))
     except UpcycleError as error:
@@ -98,6 +99,19 @@ def rebuild(
     if missing:
         raise RecordError(f"{RECORD_NAME} has no {missing[0]}")
     return made
+
+
+def check_source(record: Record, dense: Checkpoint, moe: Checkpoint, plan: Plan | None) -> None:
+    """Raise UpcycleError if the MoE was made from a model of another config and size."""
+    match record:
+        case {"source": {"name": str(name), "config_sha256": str(digest)}, "parameters": held}:
+            same_size = plan is not None and described(plan)["parameters"] == held
+            if digest != dense.config_digest and not same_size:
+                raise UpcycleError(
+                    f"{moe.path} was made from {printable(name)}, not from {dense.path} (its "
+                    "config.json differs).",
+                    "Give the model that it was made from.",
+                )
 
 
 def _made(kind: type[_Made], held: Record, more: Collection[str] = ()) -> _Made:

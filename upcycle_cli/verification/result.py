@@ -112,6 +112,9 @@ class Report(Result):
         asked = found == {Status.PASSED} and self.promise != "none"
         return asked or (self.allow_inexact and self.status is Status.MEASURED)
 
+    def __repr__(self) -> str:
+        return super().__repr__().replace("(", f"(status='{self.status}', ", 1)
+
     def tables(self) -> Iterator[Iterable[Row]]:
         """Yield a table with a row per check, its failures below its detail."""
         yield [
@@ -151,12 +154,12 @@ class Findings(list[str]):
     ) -> CheckResult:
         """Return the check's result; its detail is `passed` if nothing failed, then `note`."""
         hidden = len(self) - _MOST_SHOWN
-        problems = "1 problem" if len(self) == 1 else f"{len(self)} problems"
+        problems = "1 problem" if len(self) == 1 else f"{len(self):,} problems"
         return CheckResult(
             name=name,
             status=Status.FAILED if self else Status.PASSED,
             detail=f"{f'{problems} found.' if self else passed} {note}".strip(),
-            failures=(*self[:_MOST_SHOWN], *([f"and {hidden} more"] if hidden > 0 else [])),
+            failures=(*self[:_MOST_SHOWN], *([f"and {hidden:,} more"] if hidden > 0 else [])),
             # A metric that could not be measured is nan, which JSON does not have.
             metrics={key: value for key, value in (metrics or {}).items() if math.isfinite(value)},
         )

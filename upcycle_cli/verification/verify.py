@@ -74,7 +74,8 @@ def verify(  # noqa: PLR0913 - options, by name
     Raises UpcycleError when a check cannot run: for an unknown check, an unusable directory, dense
     model, file or text, or a broken transformers. Damage to the MoE is a finding, not an error.
     """
-    checks = [str(name) for name in listed(checks)]
+    names = (name.strip() for each in listed(checks) for name in str(each).split(","))
+    checks = [name for name in names if name]
     unknown = [name for name in checks if name not in CHECK_NAMES]
     if unknown or not checks:
         what = f"'{unknown[0]}' is not a check." if unknown else "no check was chosen."
@@ -91,7 +92,7 @@ def verify(  # noqa: PLR0913 - options, by name
     try:
         # Check before downloading gigabytes.
         grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
-        names = tuple(places[1].names())
+        files = tuple(places[1].names())
         if not all(place.is_local for place in (*places, *others)):
             watch.begins("downloading")
         paths = download_model(places[0]), download_model(places[1])
@@ -103,7 +104,7 @@ def verify(  # noqa: PLR0913 - options, by name
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from None
             return replace(_damaged(selected, error), paths=paths)
-        case = _Case(source, converted, names, texts, watch, fitted)
+        case = _Case(source, converted, files, texts, watch, fitted)
         case.rebuild(more, given)
         return Report(
             checks=tuple(case.run(selected, fail_fast=fail_fast)),
@@ -146,6 +147,7 @@ class _Case:
             self.unrecorded = str(error)
         except rebuild.MismatchError as error:
             self.mismatch = f"{RECORD_NAME} describes no conversion of {self.dense.path}: {error}"
+        rebuild.check_source(self.record, self.dense, self.moe, self.plan)
 
     def run(self, selected: Sequence[str], *, fail_fast: bool) -> list[CheckResult]:
         """Run the checks in their order."""
@@ -164,7 +166,8 @@ class _Case:
             elif self.mismatch:
                 results.append(Findings([self.mismatch]).result(name, ""))
             elif self.plan is None:
-                results.append(_skipped(name, f"Nothing to compare with: {self.unrecorded}."))
+                why = f" (see {results[0].name})" if results else f": {self.unrecorded}"
+                results.append(_skipped(name, f"Nothing to compare with{why}."))
             elif name == "directory":
                 results.append(check_directory(self.plan, self.moe, self.names, self.record))
             else:
@@ -192,7 +195,9 @@ class _Case:
 
         with transformers_errors():  # a broken transformers is an error, not damage
             pass
-        expected = Expectation(promise=Promise.NONE, reason=self.unrecorded or self.mismatch)
+        expected = Expectation(
+            promise=Promise.NONE, reason=self.mismatch or "its recipe is unknown"
+        )
         if self.plan is not None:
             expected = rebuild.expectation(self.plan)
         return check_outputs(self.dense, self.moe, expected, self.texts, self.watch)

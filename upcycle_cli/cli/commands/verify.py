@@ -46,7 +46,6 @@ def verify(
 
     json = json or json_full
     silent = quiet or json
-    names = [name.strip() for name in checks.split(",") if name.strip()]
     with progress_bar(silent=silent) as watch:
         found = verification.verify(
             dense,
@@ -54,7 +53,7 @@ def verify(
             experts_from=experts_from,
             router_init=router_init,
             calibration=calibration,
-            checks=names,
+            checks=checks,
             texts=TextOptions(prompts=prompts, tokens=tokens, context=context),
             fail_fast=fail_fast,
             dense_revision=dense_revision,
