@@ -31,7 +31,15 @@ from upcycle_cli.plan.upcycle import bind_recorded, build_plan
 from upcycle_cli.recipe.recipe import Growth, Promise, Recipe, to_recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
-from upcycle_cli.write.staging import Staging, join, partial_of, publish, recover, transaction
+from upcycle_cli.write.staging import (
+    Staging,
+    join,
+    locked,
+    partial_of,
+    publish,
+    recover,
+    transaction,
+)
 from upcycle_cli.write.writer import WriteOptions
 
 if TYPE_CHECKING:
@@ -164,7 +172,11 @@ def preview(request: Request, hooks: Hooks, team: Team) -> tuple[Plan, list[str]
         else:
             check_before(plan, output, overwrite=overwrite)
             if (partial := partial_of(output)).exists():
-                notes.append(f"{partial} exists: its finished files of this conversion are used.")
+                with locked(partial):
+                    staging = Staging(output=output, plan=plan, durable=False)
+                    ours = staging.check_plan(restart=overwrite) == plan.digest
+                use = "its finished files are used" if ours else "it is removed"
+                notes.append(f"{partial} holds an unfinished conversion: {use}.")
     except UpcycleError as error:
         notes.append(f"converting would be refused: {' '.join(str(error).split())}")
     return plan, notes

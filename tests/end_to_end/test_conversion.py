@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,8 +146,8 @@ def test_a_changed_source_or_recipe_needs_overwrite(llama: Path, tmp_path: Path)
 # A dry run ----------------------------------------------------------------------------------------
 
 
-def begun(output: Path, dense: Path) -> None:
-    stopped_after(build_plan(RECIPE, open_checkpoint(dense)), output, 0)
+def begun(output: Path, dense: Path, recipe: Recipe = RECIPE) -> None:
+    stopped_after(build_plan(recipe, open_checkpoint(dense)), output, 0)
 
 
 REFUSED = "converting would be refused: "
@@ -154,7 +156,10 @@ PREVIEWS: list[tuple[Callable[[Path, Path], object], bool, str | None]] = [
     (lambda output, dense: convert(dense, output, RECIPE), False, "is already what this command"),
     (lambda output, dense: convert(dense, output, TWICE), False, f"{REFUSED}.* not empty"),
     (lambda output, dense: convert(dense, output, TWICE), True, None),
-    (begun, False, "moe.partial exists"),
+    (lambda output, dense: shutil.copytree(dense, output), False, f"{REFUSED}.*another name\\."),
+    (begun, False, "moe.partial .* files are used"),
+    (partial(begun, recipe=TWICE), False, f"{REFUSED}.* of another recipe"),
+    (partial(begun, recipe=TWICE), True, "moe.partial .* is removed"),
 ]
 
 

@@ -34,8 +34,9 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("inspect MOE --recipe E2G2T2", "mixture of experts already"),
     ("inspect DENSE --weights", "--weights"),
     ("inspect MOE --weights --dense MOE", "mixture of experts"),
-    ("verify ABSENT MOE", "absent"),
-    ("verify DENSE ABSENT", "absent"),
+    ("verify ABSENT MOE", "absent does not exist|dense model"),
+    ("verify DENSE BEGUN", "begun does not exist; |begun.partial holds an unfinished"),
+    ("push ABSENT my-org/x", "absent does not exist"),
     ("verify DENSE DENSE", "llama"),
     ("verify DENSE MOE --prompts FILE", "is empty"),
     ("demo FULL", "exists and is not empty"),
@@ -48,13 +49,14 @@ def test_refuse_arguments(
     llama: Path, e2g2t2: Path, tmp_path: Path, command: str, words: str
 ) -> None:
     places = {name: tmp_path / name.lower() for name in ("FILE", "FOLDER", "FULL", "DANGLING")}
-    places |= {"OUT": tmp_path / "out", "ABSENT": tmp_path / "absent"}
+    places |= {name: tmp_path / name.lower() for name in ("OUT", "ABSENT", "BEGUN")}
     places |= {"DENSE": llama, "MOE": e2g2t2}
     places["FILE"].write_text("")
     places["DANGLING"].symlink_to("nowhere")
     for name in ("FOLDER", "FULL"):
         places[name].mkdir()
     (places["FULL"] / "thesis.tex").write_text("years of work")
+    (tmp_path / "begun.partial").mkdir()
     before = contents(tmp_path)
     result = invoke(*(str(places.get(word, word)) for word in command.split()))
     assert_refused(result, *words.split("|"))

@@ -32,6 +32,7 @@ from upcycle_cli.checkpoint.storage import (
     find_adapter,
     json_object,
     read_json,
+    refuse_missing,
 )
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
@@ -298,11 +299,8 @@ def _ranges(
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open the checkpoint in a directory; UpcycleError when it is missing or damaged."""
-    # The methods of Path raise OSError for some names.
-    if not os.path.isdir(path):  # noqa: PTH112
-        problem = "is not a directory" if os.path.exists(path) else "does not exist"  # noqa: PTH110
-        hint = "Give the directory of a checkpoint (with config.json), or ORG/NAME on the Hub."
-        raise UpcycleError(f"{path} {problem}.", hint)
+    hint = "Give the directory of a checkpoint (with config.json), or ORG/NAME on the Hub."
+    refuse_missing(path, hint)
     return open_storage(Storage(Path(path)))
 
 

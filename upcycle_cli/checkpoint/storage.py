@@ -202,3 +202,15 @@ def file_changed(path: Path) -> UpcycleError:
         f"{path} changed while it was being read.",
         "Run the command again once nothing writes to it.",
     )
+
+
+def refuse_missing(path: Path | str, hint: str | None = None) -> None:
+    """Raise UpcycleError unless a path is a directory."""
+    # The methods of Path raise OSError for some names.
+    if os.path.isdir(path):  # noqa: PTH112
+        return
+    problem = "is not a directory" if os.path.exists(path) else "does not exist"  # noqa: PTH110
+    if os.path.isdir(partial := f"{path}.partial"):  # noqa: PTH112
+        problem += f"; {partial} holds an unfinished conversion"
+        hint = "Run the same `upcycle convert` again."
+    raise UpcycleError(f"{path} {problem}.", hint)

@@ -21,6 +21,7 @@ from upcycle_cli.checkpoint.storage import (
     RECORD_NAME,
     REPORT_NAME,
     WEIGHTS_NAME,
+    refuse_missing,
 )
 from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError
@@ -160,6 +161,7 @@ def push(
         message=message or f"Upload {directory.resolve().name}",
         replace_card=replace_card,
     )
+    refuse_missing(directory)
     # First, because it is faster than reading the files.
     check_destination(destination)
     found = _check_complete(directory, destination.repo)

@@ -22,6 +22,7 @@ from upcycle_cli.checkpoint.storage import (
     Storage,
     find_adapter,
     read_json,
+    refuse_missing,
 )
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_config_settings
 from upcycle_cli.core.callbacks import Progress
@@ -245,9 +246,10 @@ def _check_kinds(moe: Path, sources: Sequence[Path]) -> bool:
 
 
 def _require_config(path: Path, what: str) -> None:
+    hint = f"Give the directory of the {what}."
+    refuse_missing(path, hint)
     if not Storage(path).has(CONFIG_NAME):
-        no_model = f"{path} is not a directory with a {CONFIG_NAME}."
-        hint = f"Give the directory of the {what}."
+        no_model = f"{path} has no {CONFIG_NAME}."
         raise find_adapter(Storage(path)) or UpcycleError(no_model, hint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -51,10 +52,11 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         if applies:
             raise UpcycleError(f"{output} {problem}.", hint)
     if occupied and not overwrite:
-        raise UpcycleError(
-            f"{output} exists and is not empty.",
-            "Choose another name, or pass `overwrite=True` to replace it.",
-        )
+        hint = "Choose another name"
+        with suppress(UpcycleError):  # what upcycle did not write is never replaced
+            check_ownership(output)
+            hint += ", or pass `overwrite=True` to replace it"
+        raise UpcycleError(f"{output} exists and is not empty.", f"{hint}.")
     if occupied:
         check_ownership(output)
 

@@ -92,18 +92,23 @@ class Staging:
         found = read_state(self.directory / (name + NOTE_SUFFIX))
         return found if found.get("plan_sha256") == self.plan.digest else {}
 
-    def take_over(self, *, restart: bool) -> None:
-        """Keep what an earlier run of this plan completed, and remove everything else.
-
-        Raises UpcycleError if the directory belongs to another plan, unless `restart`.
-        """
-        digest = read_state(self.directory / MARKER).get("plan_sha256")
+    def check_plan(self, *, restart: bool) -> str | None:
+        """Return the digest of the plan that left the directory; UpcycleError as `take_over`."""
+        digest: str | None = read_state(self.directory / MARKER).get("plan_sha256")
         if digest not in (None, self.plan.digest) and not restart:
             clean = ["upcycle", "clean", "--yes", str(self.output)]
             raise UpcycleError(
                 f"{self.directory} holds an unfinished conversion of another recipe or source.",
                 f"Pass `overwrite=True` to start over, or remove it with `{shell_line(clean)}`.",
             )
+        return digest
+
+    def take_over(self, *, restart: bool) -> None:
+        """Keep what an earlier run of this plan completed, and remove everything else.
+
+        Raises UpcycleError if the directory belongs to another plan, unless `restart`.
+        """
+        digest = self.check_plan(restart=restart)
         calibration = [CALIBRATION] if digest == self.plan.digest else []
         # The marker is written before any removal, so a kill leaves a directory known as ours. It
         # is not rewritten: a full disk may have no room for it.
