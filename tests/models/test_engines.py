@@ -10,7 +10,8 @@ from upcycle_cli.recipe.recipe import Routing
 
 RUNS, WRONG, UNTIED = Support.RUNS, Support.WRONG, Support.UNTIED_ONLY
 NEITHER = {"transformers 4": Support.REFUSES, "vLLM": WRONG}
-SPLIT, BALANCED = Support.PER_EXPERT_ONLY, Support.BALANCED_OR_WRONG
+SCALED = {**NEITHER, "llama.cpp": Support.BALANCED_OR_WRONG, "MLX": RUNS}
+SPLIT = Support.PER_EXPERT_ONLY
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,7 @@ SPLIT, BALANCED = Support.PER_EXPERT_ONLY, Support.BALANCED_OR_WRONG
         ),
         ("qwen2_moe", "softmax-topk", "tied", {"vLLM": RUNS, "llama.cpp": UNTIED, "MLX": UNTIED}),
         # llama.cpp ignores the factor on gates.
-        (
-            "lfm2_moe",
-            "sigmoid-topk",
-            "tied, scaled",
-            {**NEITHER, "llama.cpp": BALANCED, "MLX": RUNS},
-        ),
+        ("lfm2_moe", "sigmoid-topk", "tied, scaled", SCALED),
         ("granitemoe", "topk-softmax", "some layers", {}),  # untested
     ],
 )

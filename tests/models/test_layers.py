@@ -64,18 +64,14 @@ def test_format_layers() -> None:
 
 
 BLOCKS = ["linear_attention", "mlp", "full_attention", "moe"]
+NEMOTRON_H = {"layers_block_type": BLOCKS, "hybrid_override_pattern": "M-*E"}
 
 
 @pytest.mark.parametrize(
     ("model_type", "target", "layers", "stated"),
     [
         ("ernie4_5", "ernie4_5_moe", "1,3", {"moe_layer_end_index": 3, "moe_layer_interval": 2}),
-        (
-            "nemotron_h",
-            "nemotron_h",
-            "3",
-            {"layers_block_type": BLOCKS, "hybrid_override_pattern": "M-*E"},
-        ),
+        ("nemotron_h", "nemotron_h", "3", NEMOTRON_H),
         ("olmo2", SHIPPED, "0,3", {"moe_layers": [0, 3]}),
     ],
 )
