@@ -281,9 +281,7 @@ def _finish_again(plan: Plan, request: Request, progress: Progress) -> Conversio
     return Conversion(plan=plan, report=report, published=accepted, already_done=True)
 
 
-def _make(
-    plan: Plan, request: Request, staging: Staging, progress: Progress, team: Team
-) -> Conversion:
+def _make(plan: Plan, request: Request, staging: Staging, hooks: Hooks, team: Team) -> Conversion:
     """Calibrate, write, verify and publish, on the rank that leads."""
     from upcycle_cli.calibrate.collect import with_calibration
     from upcycle_cli.publish.card import model_card
@@ -291,10 +289,11 @@ def _make(
 
     team.exchange(None)  # the directory exists: the other ranks join
     repo = None if request.push is None else request.push.repo
-    plan = with_calibration(plan, staging, team, progress)
-    written = write_together(plan, lambda: staging, request.writing, team, progress)
+    plan = with_calibration(plan, staging, team, hooks)
+    hooks.writing(plan)
+    written = write_together(plan, lambda: staging, request.writing, team, hooks)
     write_metadata(plan, staging, written)
-    report = _verify(plan, staging.path, progress) if request.verify else None
+    report = _verify(plan, staging.path, hooks) if request.verify else None
     staging.write(CARD_NAME, model_card(plan, report, repo).encode())
     accepted = report is None or report.accepted
     if request.checksums and accepted:

@@ -204,6 +204,10 @@ class Listener(Hooks):
     def planned(self, plan: Plan) -> None:
         self.heard.append(f"planned {plan.how['recipe']['name']}")
 
+    def writing(self, plan: Plan) -> None:
+        assert self.nbytes == 0
+        self.heard.append(f"writing {len(plan.layers)} layers")
+
     def advance(self, num_bytes: int) -> None:
         self.nbytes += num_bytes
 
@@ -221,7 +225,7 @@ def test_callbacks_receive_every_step_in_order(llama: Path, tmp_path: Path) -> N
     assert listener.nbytes == done.plan.nbytes
     assert done.report is not None
     checks = [f"checking {check.name}" for check in done.report.checks]
-    expected = ["planned E2G2T2", *checks, "finished moe"]
+    expected = ["planned E2G2T2", "writing 2 layers", *checks, "finished moe"]
     assert [word for word in listener.heard if word in expected] == expected
     card = (tmp_path / "moe" / "README.md").read_text()
     assert all(f"| {check.name} | passed |" in card for check in done.report.checks)

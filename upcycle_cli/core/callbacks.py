@@ -28,6 +28,9 @@ class Hooks(Progress):
     def downloading(self, names: Sequence[str], num_bytes: int) -> None:
         """Receive the names of the sources and how many bytes will be downloaded."""
 
+    def writing(self, plan: Any) -> None:  # noqa: ANN401
+        """Receive the plan as it is written, after any calibration."""
+
     def finished(self, result: Any) -> None:  # noqa: ANN401 - a Conversion
         """Receive the result, before it is pushed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -123,13 +124,18 @@ class _Screen(Display):
             terminal.talk(f"Downloading {size_text(num_bytes)} of {', '.join(names)} …")
         self.begins("downloading")
 
+    def writing(self, plan: Plan) -> None:
+        self.ends()
+        if not self.silent:
+            self._show_plan(plan)
+
     def finished(self, result: Conversion) -> None:
         self.ends()
         if self.silent:
             return
-        if not result.already_done:
-            terminal.show(result)
-        elif result.report is not None:
+        if result.report is not None:
+            if not result.already_done:  # then the plan is above
+                terminal.stdout().print()
             terminal.show(result.report)
         terminal.warn(*result.warnings)
         if result.already_done and result.published:
@@ -156,11 +162,15 @@ class _Screen(Display):
             status = {"status": "planned", "output": str(self.given["output"])}
             terminal.print_json(status | plan_json(plan, notes))
         elif not self.quiet:
-            from upcycle_cli.plan.facts import plan_rows
-
-            terminal.show(terminal.rows_table(plan_rows(plan)))
+            self._show_plan(plan)
             terminal.warn(*notes)
             terminal.talk("Nothing was written (--dry-run).")
+
+    def _show_plan(self, plan: Plan) -> None:
+        from upcycle_cli.plan.facts import plan_rows
+
+        terminal.show(terminal.rows_table(plan_rows(plan)))
+        sys.stdout.flush()  # a reader of a pipe sees it before hours of work
 
     def end(self, done: Conversion) -> None:
         """Print the push or the JSON; typer.Exit if the output was not published."""
