@@ -2,36 +2,56 @@
 
     python docs/examples/train.py DENSE TEXT OUT [--recipe E4G2T4] [--steps 20] [--lr 2e-5]
 
-TEXT is a file to train on. The converted model goes to OUT/moe, the trained one to OUT/trained.
-Each step logs the language-model loss and, for each layer, the coefficient of variation of its
-experts' load. At the end the script prints what `upcycle inspect OUT/trained --weights --dense
-DENSE` prints: how far the experts have moved, and whether the virtual groups are whole.
+Before training, the script compares the first loss with the dense model's, and stops if they
+differ. While training it prints the language-model loss, the weighted balancing loss, and how much
+the experts' load varies: the coefficient of variation, on average and in the worst layer. At the
+end it prints what `upcycle inspect OUT/trained --weights --dense DENSE` prints: how far the experts
+have moved, and whether the virtual groups are whole.
 """
 
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM as AutoModel
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
-from upcycle_cli import convert, inspect, tie_virtual_groups
+from upcycle_cli import UpcycleError, convert, inspect, tie_virtual_groups
 
 LENGTH = 128
 
 
 def main() -> None:
-    """Convert, train, save, and inspect the result."""
+    """Convert, compare the first loss, train, save, and inspect the result."""
     arguments = _arguments()
-    moe = arguments.out / "moe"
-    convert(arguments.dense, moe, arguments.recipe)
+    moe, trained = arguments.out / "moe", arguments.out / "trained"
+    if find_spec("accelerate") is None:
+        raise SystemExit("The Trainer of transformers needs accelerate: pip install accelerate")
+    if not arguments.text.is_file():
+        raise SystemExit(f"{arguments.text} is not a file. TEXT is the text to train on.")
+    try:
+        inspect(arguments.dense, arguments.recipe)  # finds errors without writing anything
+        tokenizer = AutoTokenizer.from_pretrained(arguments.dense)
+        rows = _rows(tokenizer, arguments.text.read_text(encoding="utf-8"))
+        convert(arguments.dense, moe, arguments.recipe)
+    except UpcycleError as error:
+        other = f"{moe.name} exists" in error.message  # converted by another recipe
+        hint = f"Remove {moe}, or choose another OUT." if other else error.hint
+        raise SystemExit(f"{error.message} {hint or ''}") from None
 
-    tokenizer = AutoTokenizer.from_pretrained(moe)
-    rows = _rows(tokenizer, arguments.text.read_text(encoding="utf-8"))
+    wanted = _loss(AutoModel.from_pretrained(arguments.dense, dtype=torch.float32), rows)
     # In float32: with weights in bfloat16 alone, small updates are rounded away.
-    model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32, trust_remote_code=True)
+    model = AutoModel.from_pretrained(moe, dtype=torch.float32, trust_remote_code=True)
+    first = _loss(model, rows)
+    print(f"first loss {first:.5f}, dense model {wanted:.5f}", flush=True)
+    # Rounding in float32 makes less than 0.0001.
+    if not abs(first - wanted) < 0.001:
+        raise SystemExit(f"The MoE computes something else. Try `upcycle verify DENSE {moe}`.")
+
     # Otherwise transformers applies no load-balancing loss. config.router_aux_loss_coef weighs it.
     model.config.output_router_logits = True
     tie_virtual_groups(model)  # so that each group keeps computing one whole MLP
@@ -44,30 +64,22 @@ def main() -> None:
             learning_rate=arguments.lr,
             lr_scheduler_type="cosine",
             optim="adamw_torch",
-            logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=rows,
-        processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
-    trained = arguments.out / "trained"
-    trainer.save_model(str(trained))
-    dense = AutoModelForCausalLM.from_pretrained(arguments.dense, dtype=torch.float32).eval()
-    with torch.no_grad():
-        wanted = float(dense(**trainer.first_batch).loss)
-    print(f"first loss {trainer.first_loss:.5f}, dense model {wanted:.5f}")
+    model.save_pretrained(trained)  # trainer.save_model would add training_args.bin, a pickle
+    tokenizer.save_pretrained(trained)
     print(inspect(trained, weights=True, dense=arguments.dense).summary())
 
 
 class LoggedTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that logs the loss without the balancing loss, and the load of the experts."""
-
-    first_loss = float("nan")
-    first_batch: dict[str, torch.Tensor]
+    """A Trainer that prints the two parts of the loss, and the load of the experts."""
 
     def compute_loss(
         self,
@@ -76,26 +88,33 @@ class LoggedTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - as transformers calls it
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Compute the loss as usual, and log its parts."""
+        """Compute the loss as usual, and print its parts every few steps."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        config = self.model.config
-        coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-        balancing = getattr(outputs, "aux_loss", None)
-        language = float(loss.detach()) - coefficient * (
-            0.0 if balancing is None else float(balancing.detach())
-        )
-        if self.state.global_step == 0:
-            self.first_loss = language
-            self.first_batch = {key: inputs[key].cpu() for key in ("input_ids", "labels")}
-        logged = {"language_model_loss": round(language, 5)}
-        for layer, logits_TN in enumerate(getattr(outputs, "router_logits", None) or ()):
-            spread = _spread(logits_TN, config.num_experts_per_tok)
-            logged[f"load_cv/{layer}"] = round(spread, 3)
-        self.log(logged)
+        step, steps = self.state.global_step + 1, self.state.max_steps
+        if step == 1 or step % max(1, steps // 10) == 0:
+            config = self.model.config
+            auxiliary = getattr(outputs, "aux_loss", None)
+            coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+            balancing = 0.0 if auxiliary is None else coefficient * float(auxiliary.detach())
+            language = float(loss.detach()) - balancing
+            line = f"step {step}/{steps}  loss {language:.2f}  balancing {balancing:.2f}"
+            logits = getattr(outputs, "router_logits", None) or ()
+            if loads := [_variation(each, config.num_experts_per_tok) for each in logits]:
+                line += f"  load varies by {sum(loads) / len(loads):.2f}"
+                line += f", at most {max(loads):.2f} (layer {loads.index(max(loads))})"
+            print(line, flush=True)
         return (loss, outputs) if return_outputs else loss
 
 
-def _spread(logits_TN: torch.Tensor, top_k: int) -> float:
+def _loss(model: Any, rows: list[dict[str, torch.Tensor]]) -> float:  # noqa: ANN401
+    """Return the language-model loss of the first rows, without a balancing loss."""
+    ids = torch.stack([row["input_ids"] for row in rows[:2]])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def _variation(logits_TN: torch.Tensor, top_k: int) -> float:
     """Return the coefficient of variation of the number of tokens per expert."""
     load_N = logits_TN.topk(top_k, dim=-1).indices.flatten().bincount(minlength=logits_TN.shape[-1])
     return float(load_N.double().std(correction=0) / load_N.double().mean())
@@ -105,25 +124,21 @@ def _rows(tokenizer: Any, text: str) -> list[dict[str, torch.Tensor]]:  # noqa: 
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     whole = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
     if not len(whole):
-        raise SystemExit(f"the text has {len(ids)} tokens; a training row needs {LENGTH}")
+        raise SystemExit(f"TEXT has {len(ids)} tokens. Take a text of {LENGTH} or more.")
     return [{"input_ids": row, "labels": row} for row in whole]
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dense", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--recipe", default="E4G2T4")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument(
-        "--lr",
-        type=float,
-        default=2e-5,
-        help="peak learning rate of the cosine schedule. The paper uses the peak of the dense "
-        "model's pretraining, with batches of millions of tokens. %(default)s is smaller because a "
-        "batch here has 256 tokens",
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("dense", help="dense model: a directory, or ORG/NAME on the Hub")
+    parser.add_argument("text", type=Path, help="text file to train on")
+    parser.add_argument("out", type=Path, help="writes OUT/moe (converted) and OUT/trained")
+    parser.add_argument("--recipe", default="E4G2T4", help="experts to make")
+    parser.add_argument("--steps", type=int, default=20, help="steps of 2 rows of 128 tokens")
+    # The paper uses the peak of the dense model's pretraining, with millions of tokens per batch.
+    parser.add_argument("--lr", type=float, default=2e-5, help="peak rate of the cosine schedule")
     return parser.parse_args()
 
 

@@ -12,10 +12,9 @@ import torch
 from configs import converted, source_of
 from conftest import MakeDense, random_ids, read_json, sizes_of, write_json
 
-from upcycle_cli import Recipe, UpcycleError, convert, inspect
+from upcycle_cli import Recipe, UpcycleError, convert, inspect, tie_virtual_groups
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
-from upcycle_cli.training import tie_virtual_groups
 
 G = 2
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "train.py"
@@ -137,9 +136,15 @@ def test_the_example_trains_from_the_dense_models_loss(
     losses = re.search(r"first loss ([\d.]+), dense model ([\d.]+)", printed)
     assert losses is not None
     assert float(losses[1]) == pytest.approx(float(losses[2]), abs=1e-4)
-    spreads = [re.findall(rf"'load_cv/{layer}': '?([\d.]+)", printed) for layer in range(3)]
-    assert [len(each) for each in spreads] == [3, 3, 0]  # of each layer, at each step
-    assert spreads[0] != spreads[1]
+    number = r"(\d+\.\d+)"
+    line = rf"(\d)/3  loss {number}  balancing {number}  load varies by {number}, at most {number}"
+    steps = re.findall(rf"(?m)^step {line} \(layer [01]\)$", printed[losses.end() :])
+    assert [step for step, *_ in steps] == ["1", "2", "3"]
+    assert all(float(aux) > 0 < float(mean) <= float(most) for *_, aux, mean, most in steps)
+    monkeypatch.setattr("sys.argv", list(map(str, [*arguments, "--recipe", "E2G2T2"])))
+    with pytest.raises(SystemExit, match="is not empty"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert not (out / "trained" / "training_args.bin").exists()
 
     # inspect needs no upcycle.json, which transformers does not save.
     assert not (out / "trained" / "upcycle.json").exists()
