@@ -146,9 +146,9 @@ def test_show_the_best_recipes_first(llama: Path) -> None:
         done = invoke(*budget, *options)
         lines = done.stdout.splitlines()
         assert [line.split()[0] for line in lines if line.startswith("E")] == names[:count]
-        assert found["suggestion"]["command"] in lines
+        assert f"Next: {found['suggestion']['command']}" in lines
         assert (f"{len(names) - count} more recipes fit" in done.stderr) == (not options)
-    command = f"--recipe {names[0]} --target qwen2_moe --layers 1"
+    command = f"--recipe {names[0]} --verify --target qwen2_moe --layers 1"
     assert found["suggestion"]["command"].endswith(command)
     assert {fit["target"] for fit in found["fits"]} == {"qwen2_moe"}
     too_small = invoke("inspect", llama, "--gpu-memory", "600KB").stdout

@@ -208,8 +208,8 @@ def to_shared_choices(moe: MoeOptions, context: typer.Context) -> dict[str, Any]
 def convert_command(context: typer.Context, recipe: str) -> str:
     """Return the command that converts PATH with a recipe and the choices made here."""
     source = context.params["path"]
-    words = ["upcycle", "convert", str(source), f"{source.resolve().name}-{recipe}"]
-    words += ["--recipe", recipe]
+    words = ["upcycle", "convert", str(source), f"{source.absolute().name}-{recipe}"]
+    words += ["--recipe", recipe, "--verify"]
     for name in _given(context, *_WITH_BUDGET, "revision"):
         value = context.params[name]
         words += [_flags([name]), *([] if value is True else [str(value)])]

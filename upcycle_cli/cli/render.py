@@ -77,7 +77,7 @@ class Ranking(NamedTuple):
         groups["Can only run there"] = [fit for fit in shown if fit.trains is False]
         terminal.show(terminal.rows_table(self._suggestion()))
         if self.fits[0].trains is not False:
-            terminal.stdout().out("", self.command, sep="\n", highlight=False)  # in one piece
+            terminal.stdout().out(f"\nNext: {self.command}", highlight=False)  # in one piece
         terminal.stdout().out("")
         terminal.show(*(_fits_table(name, rows) for name, rows in groups.items() if rows))
         notes = {name: f"{name}: {text}" for fit in shown for name, text in fit.warnings.items()}
