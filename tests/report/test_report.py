@@ -287,7 +287,7 @@ def test_a_missing_library_is_found_before_the_checks(
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install 'upcycle-cli[report]'" in done.stderr
+    assert "Install jinja2 and matplotlib" in done.stderr
     assert done.stderr.endswith("False\n")
 
 

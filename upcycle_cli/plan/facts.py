@@ -173,7 +173,7 @@ def training_warnings(plan: Plan) -> Iterator[str]:
     if recipe.trains_tied and recipe.routing is Routing.SOFTMAX_TOPK and not target.ships_code:
         yield (
             "the first steps of training split virtual groups, which loses the dense model's "
-            "function. Call upcycle_cli.training.tie_virtual_groups(model) before training."
+            "function. Call upcycle_cli.tie_virtual_groups(model) before training."
         )
     frozen = [row.name for row in target.extra_tensors if row.frozen]
     if frozen:
@@ -210,7 +210,7 @@ def _no_gradient(plan: Plan) -> str:
     if Routing.SOFTMAX_TOPK in target.routings:
         remedy += ", or softmax-topk"
     if recipe.trains_tied and not target.ships_code:
-        remedy += ". Otherwise tie virtual groups (upcycle_cli.training.tie_virtual_groups)"
+        remedy += ". Otherwise tie virtual groups (upcycle_cli.tie_virtual_groups)"
     return (
         f"top-k equals {size}, so the gates of a token's one group sum to 1, and the "
         f"language-model loss gives the router no gradient{between}. {remedy}."

@@ -140,7 +140,7 @@ def check_report_file(path: Path, dense: Path | None) -> None:
     except ImportError as error:
         raise UpcycleError(
             f"a report needs matplotlib and jinja2, and one cannot be imported: {error}.",
-            "Install them with `pip install 'upcycle-cli[report]'`.",
+            "Install jinja2 and matplotlib in upcycle's environment.",
         ) from error
     # The suffix also prevents that a mistyped name replaces weights.
     if path.suffix.lower() not in (".html", ".htm"):

@@ -40,7 +40,7 @@ def inspect(
     tensors: bool = False,
     json: bool = False,
 ) -> None:
-    """Show what a checkpoint is, or what converting it would make; reads headers only.
+    """Show what a model is or would become; reads headers only, except with --weights or --load.
 
     Example:
       upcycle inspect Llama-3.1-8B --gpu-memory 80GBx8
