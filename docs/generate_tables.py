@@ -6,16 +6,17 @@ A table lies between two comments of its page, `<!-- table: NAME -->` and `<!-- 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import FUSED, SCALED, TIED, Support, engines, trainers
+from upcycle_cli.models.engines import FUSED, SAME, SCALED, TIED, Support, engines, trainers
 from upcycle_cli.models.lookup import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.overview import families
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
 
@@ -99,6 +100,9 @@ def _software() -> Iterator[str]:
 
 def _engine(target: Target, name: str) -> str:
     """Return what an engine makes of a target as convert writes it, by routing if they differ."""
+    if target.ships_code and (tried := [own for own in _shipped() if name in own]):
+        runs = sum({*own[name].values()} == {SAME} for own in tried)
+        return f"{runs} of {len(tried)} model types"
     usual = [SCALED] * (target.keys.scale is not None)
     usual += [FUSED] * (target.layout(None) is ExpertLayout.FUSED)
     words = {}
@@ -116,6 +120,11 @@ def _engine(target: Target, name: str) -> str:
     if len(words) == len(target.routings) and len({*words.values()}) == 1:
         return next(iter(words.values()))
     return "; ".join(f"{routing}: {word}" for routing, word in words.items())
+
+
+def _shipped() -> Iterator[Mapping[str, Mapping[str, str]]]:
+    """Yield the verdicts of engines on shipped code, for each dense model type."""
+    yield from (own for name, own in table("engines").items() if name.startswith(UPCYCLED_PREFIX))
 
 
 def _header(*names: str) -> tuple[str, str]:

@@ -73,7 +73,8 @@ class Ranking(NamedTuple):
         title = "Recipes that fit"
         if self.memory is not None:
             title = f"Can be trained in {size_text(self.memory)}"
-        groups = {f"{title}, best first": [fit for fit in shown if fit.trains is not False]}
+        title += ", best first (T = 2G, then E near 8, then small G)"
+        groups = {title: [fit for fit in shown if fit.trains is not False]}
         groups["Can only run there"] = [fit for fit in shown if fit.trains is False]
         terminal.show(terminal.rows_table(self._suggestion()))
         if self.fits[0].trains is not False:

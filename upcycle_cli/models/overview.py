@@ -36,13 +36,15 @@ class TargetFacts:
     trainers: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
     """The trainers that take it, with the routings they support."""
     balanced: str = ""
-    """How transformers balances the experts in training: auxiliary loss, bias or nothing."""
+    """How transformers balances the experts in training: auxiliary loss or nothing."""
     shared_experts: str = ""
     """How many shards can be a shared expert: any, 1, none."""
     scaled_by: tuple[str, ...] = ()
     """Where the scale factor can go: a config key, the weights. The first is the default."""
     refusal: str | None = None
     """Why a model cannot become it."""
+    untying_helps: bool = False
+    """Whether more engines or trainers take it with untied embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -160,7 +162,7 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
 def _facts(
     name: str, row: Target, *, tied: bool = False, plain_attention: bool = True
 ) -> TargetFacts:
-    runs: dict[str, tuple[Routing, ...]] = {}
+    helps, runs = False, dict[str, tuple[Routing, ...]]()
     trains: dict[str, tuple[Routing, ...]] = {}
     fused, scale = row.layout(None) is ExpertLayout.FUSED, row.keys.scale
     applies = {software.TIED: tied, software.FUSED: fused, software.SCALED: scale is not None}
@@ -172,7 +174,10 @@ def _facts(
             for each in known:
                 if each.support is software.Support.RUNS:
                     listed[each.name] = (*listed.get(each.name, ()), routing)
-    balanced = "nothing" if row.in_memory.correction_bias is None else "bias"
+                helps = helps or "--untie-embeddings" in each.support
+    balanced = "nothing"
+    if row.in_memory.correction_bias is not None:
+        balanced += ": no tested trainer updates the correction bias"
     if row.has_balancing_loss:
         balanced = "auxiliary loss of each layer" if row.ships_code else "auxiliary loss"
     return TargetFacts(
@@ -184,6 +189,7 @@ def _facts(
         balanced=balanced,
         shared_experts="none" if row.shared is None else row.shared.possible_widths,
         scaled_by=("weights",) if scale is None else (scale, "weights"),
+        untying_helps=helps,
     )
 
 
@@ -200,4 +206,6 @@ def _lines(target: TargetFacts) -> Iterator[str]:
     for label, known in (("runs", target.engines), ("trains", target.trainers)):
         every = len(target.routings)
         names = (n if len(of) == every else f"{n} ({', '.join(of)})" for n, of in known.items())
-        yield f"{label} in {', '.join(names)}"
+        some = label == "runs" and target.name == SHIPPED and len(known) == 1
+        more = "; other engines run it only with some dense models" * some
+        yield f"{label} in {', '.join(names)}{more}"

@@ -181,11 +181,12 @@ def training_warnings(plan: Plan) -> Iterator[str]:
             f"freeze {' and '.join(frozen)} in training (requires_grad_(False)): its values are so "
             "small that a few optimizer steps would change the model completely."
         )
-    if target.inside is not None and not target.has_balancing_loss:
-        yield (
-            f"transformers' {target.outer_type} adds no load-balancing loss in training. The code "
-            "that `target` upcycled ships does."
-        )
+    if not target.has_balancing_loss:
+        words = f"transformers has no loss that balances the experts of {target.outer_type}"
+        if target.in_memory.correction_bias is not None:
+            words += ", and no tested trainer updates the correction bias"
+        shipped = plan.family.dense.family.can_ship_code
+        yield f"{words}.{' `target` upcycled has one.' * shipped}"
     if plan.promise is Promise.APPROXIMATE:
         yield (
             "softmax-topk equals the dense model only up to the router's logits (std "

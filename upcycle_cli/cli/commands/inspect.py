@@ -128,6 +128,9 @@ def _print_tables(found: Inspection, *, targets: bool) -> None:
         compared.append(terminal.rows_table(target_rows(found.becomes)))
     terminal.show(found, *compared)
     terminal.warn(*found.warnings)
+    if targets and (names := [each.name for each in found.becomes if each.untying_helps]):
+        words = "this model's head is tied; with --untie-embeddings more software runs or trains"
+        terminal.warn(f"{words} {', '.join(names)}.")
 
 
 def _next_command(found: Inspection, path: Path) -> str:
