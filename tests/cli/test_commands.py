@@ -354,9 +354,9 @@ def test_options_reach_the_plan_of_convert_and_inspect(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("inspect", "DENSE", "--seed", "3"), "Add --recipe"),
+        (("inspect", "DENSE", "--seed", "3"), "--seed needs --recipe"),
         (("inspect", "DENSE", "--dense", "DENSE"), "--dense needs --weights"),
-        (("inspect", "DENSE", "--experts-from", "DENSE"), "--dense needs --weights or --load"),
+        (("inspect", "DENSE", "--experts-from", "DENSE"), "--experts-from needs --dense"),
         (("inspect", "DENSE", "--report", "r.txt"), ".html"),
         (("families", "qwen33"), "Did you mean qwen3?"),
         (("convert", "DENSE", "OUT"), "no recipe is given"),
@@ -373,6 +373,10 @@ def test_options_reach_the_plan_of_convert_and_inspect(
         (("convert", "DENSE", "OUT", *RECIPE, "--calibration", ""), "it is empty"),
         (("covert",), "Did you mean 'convert'?"),
         (("convert", "--receipe", "E2G2T2"), "Did you mean --recipe?"),
+        (("convert", "--no-virtual-group"), "Did you mean --no-virtual-groups?"),
+        (("convert", "--no-fsyn"), "Did you mean --no-fsync?"),
+        (("convert", "--output"), "there is no option --output. "),
+        (("inspect", "DENSE", "--gpu-memory", "1GB", "--shared-experts", "20"), "less than G"),
         (("inspect", "DENSE", *RECIPE, "--routing", "topk-softmx"), "Did you mean topk-softmax?"),
         (("inspect", "DENSE", *RECIPE, "--dtype", "bf16"), "Did you mean bfloat16?"),
         (("inspect", "DENSE", *RECIPE, "--target", "mixtrl"), "Did you mean mixtral?"),

@@ -145,8 +145,11 @@ def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
     """Return what is wrong with a command line, with the closest option or command."""
     words = " ".join(error.format_message().split())
     if type(error).__name__ == "NoSuchOption":
-        flags = [flag for each in error.ctx.command.params for flag in each.opts]
-        return f"there is no option {error.option_name}. {did_you_mean(error.option_name, flags)}"
+        params = error.ctx.command.params
+        names = [name for each in params for name in (*each.opts, *each.secondary_opts)]
+        flags = [name for name in names if name.startswith("-")]  # an argument has a name, too
+        closest = did_you_mean(error.option_name, flags, cutoff=0.75)
+        return f"there is no option {error.option_name}. {closest}"
     pattern = r"Invalid value for '([^']+)'.*: Input should be a valid (\w+).*"  # pydantic's words
     return re.sub(pattern, r"\1 must be a valid \2.", words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ _NOT_SAVED = (*_SIZES, "json", "quiet")
 _WITH_EXPAND = ("expand", "top_k", "dtype", "expert_layout", "max_shard_size", "untie_embeddings")
 _WITH_BUDGET = ("target", "routing", "layers", "shared_experts", "untie_embeddings")
 _NEEDS = {
+    "dense": ("experts_from",),
     "experts_from": ("rest", "source_experts"),
     "push_to_hub": ("push_revision", "private", "create_pr"),
 }
@@ -111,10 +113,10 @@ def needs_recipe(context: typer.Context) -> bool:
     """Whether a recipe or a growth is given; UpcycleError for options that lack one."""
     if _given(context, "recipe", "expand", *_SIZES):
         return True
-    if _given(context, *(each.name for each in fields(MoeOptions))):
+    if given := _given(context, *(each.name for each in fields(MoeOptions))):
+        needs = f"{_flags(given)} {'needs' if len(given) == 1 else 'need'}"
         raise UpcycleError(
-            "these options need --recipe or --expand.",
-            "Add --recipe E8G1T2, or --expand 2 for an MoE.",
+            f"{needs} --recipe or --expand.", "Add --recipe E8G1T2, or --expand 2 for an MoE."
         )
     return False
 
@@ -123,8 +125,8 @@ def check_pairs(context: typer.Context) -> None:
     """Raise UpcycleError for an option without the one that it needs."""
     defaults = {each.name: each.default for each in context.command.params}
     for needed, names in _NEEDS.items():
-        given = [name for name in names if context.params[name] != defaults[name]]
-        if given and not context.params[needed]:
+        given = [name for name in names if context.params.get(name) != defaults.get(name)]
+        if given and not context.params.get(needed, True):
             words = "need" if len(given) > 1 else "needs"
             raise UpcycleError(f"{_flags(given)} {words} {_flags([needed])}.")
 
@@ -208,8 +210,10 @@ def to_shared_choices(moe: MoeOptions, context: typer.Context) -> dict[str, Any]
 def convert_command(context: typer.Context, recipe: str) -> str:
     """Return the command that converts PATH with a recipe and the choices made here."""
     source = context.params["path"]
-    words = ["upcycle", "convert", str(source), f"{source.absolute().name}-{recipe}"]
-    words += ["--recipe", recipe, "--verify"]
+    output = f"{source.absolute().name}-{recipe}"
+    if Path.cwd().is_relative_to(source.resolve()):  # convert refuses an output in its source
+        output = os.path.relpath(f"{source.resolve()}-{recipe}")
+    words = ["upcycle", "convert", str(source), output, "--recipe", recipe, "--verify"]
     for name in _given(context, *_WITH_BUDGET, "revision"):
         value = context.params[name]
         words += [_flags([name]), *([] if value is True else [str(value)])]
@@ -257,4 +261,7 @@ def _number(name: str, text: str, kind: tuple[str, str]) -> int:
     power = " KMGT".index(prefix.upper().replace("B", "G") or " ")
     if power == 0 and kind is not _COUNT and 1 <= float(number) < 1e6:
         raise UpcycleError(f"{_flags([name])} {text} means {number} bytes; write {number}GB.")
-    return int(float(number) * (1024 if binary else 1000) ** power) * int(times or 1)
+    value = int(float(number) * (1024 if binary else 1000) ** power) * int(times or 1)
+    if value == 0:
+        raise UpcycleError(f"{_flags([name])} {text} means 0; {wanted.partition('; ')[2]}.")
+    return value

@@ -56,8 +56,8 @@ class Destination:
         check_revision(self.revision)
         if self.create_pr and self.revision is not None:
             raise UpcycleError(
-                "`create_pr` opens a pull request against the main branch, not `revision`.",
-                "Use one of them. To continue an open pull request: `revision` refs/pr/N.",
+                "`create_pr` opens a pull request against the main branch, and takes no revision.",
+                "Leave one out. The revision refs/pr/N alone continues an open pull request.",
             )
 
 

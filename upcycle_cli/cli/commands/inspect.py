@@ -49,6 +49,7 @@ def inspect(
         from upcycle_cli.report.page import check_report_file
 
         check_report_file(report, dense)
+    values.check_pairs(context)
     from upcycle_cli.inspection import summary
 
     budget = values.to_budget(max_params, max_active, gpu_memory, every=all_recipes)
