@@ -115,9 +115,13 @@ def test_replace_another_model_and_keep_other_files(
     others = {"moe-Q8.gguf", "gguf/model.safetensors", "model-lora.safetensors"}
     for name in others:
         (page / name).write_text("mine")
+    (page / "verification.html").write_text("of another model")
+    (page / "model.safetensors").write_text("another model")
     hub.store.upload(MOE, page)
     for directory, old in ((single, page), (moe, single), (single, moe)):
-        removed = json.loads(run("push", directory, MOE, "--json").stdout)["removed"]
+        done = json.loads(run("push", directory, MOE, "--json").stdout)
+        removed = done["removed"]
+        assert done["replaced"] == (["model.safetensors"] if old == page else [])
         assert files_of(hub).keys() == files_in(directory).keys() | others
         stale = {path.name for path in old.iterdir()} - {path.name for path in directory.iterdir()}
         assert set(removed) == stale - others - {"gguf"}
@@ -215,8 +219,10 @@ def test_stay_silent_when_nothing_is_missing() -> None:
     card = card_of({"license": "llama3.1"}) + "Built with Llama."
     assert reminders(card, "me/Llama-x", files) == ()
     assert reminders(card_of({"license": "llama2"}), "me/x", files) == ()
-    for licence in ("apache-2.0", "mit", "llamafile", "null", "["):
+    for licence in ("apache-2.0", "mit", "llamafile", "["):
         assert reminders(card_of({"license": licence}), "me/x", []) == ()
+    assert "no licence" in reminders(card_of({"license": "null"}), "me/x", [])[0]
+    assert reminders(card_of({"base_model": "meta-llama/x"}), "me/x", []) == ()
 
 
 # Refusals ----------------------------------------------------------------------------------------

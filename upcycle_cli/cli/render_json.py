@@ -96,7 +96,9 @@ def push_json(push: Push) -> dict[str, Any]:
     """Return what a push did."""
     return {
         "status": "pushed" if push.changed else "already there",
-        **_pick(push, "repo url commit pull_request files card_kept left_out removed reminders"),
+        **_pick(
+            push, "repo url commit pull_request files card_kept left_out removed replaced reminders"
+        ),
         "bytes": push.nbytes,
     }
 

@@ -30,7 +30,12 @@ from upcycle_cli.core.text import counted, printable, shell_line, size_text
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
-from upcycle_cli.write.ownership import Inventory, checksum_failures, take_inventory
+from upcycle_cli.write.ownership import (
+    Inventory,
+    checksum_failures,
+    record_digest,
+    take_inventory,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, ModelInfo
@@ -74,7 +79,8 @@ class Push(Result):
     nbytes: int
     card_kept: bool  # somebody had edited the repo's card, so it stayed
     left_out: tuple[str, ...]  # files of the directory that were not published
-    removed: tuple[str, ...]  # weight files and checksums of another model in the repo
+    removed: tuple[str, ...]  # weight files, checksums and report of another model in the repo
+    replaced: tuple[str, ...]  # weight files of another model that had the same names
     reminders: tuple[str, ...]  # what the licence requires and the repo does not have
 
     def tables(self) -> Iterator[Iterable[Row]]:
@@ -87,7 +93,11 @@ class Push(Result):
         if self.card_kept:
             words = "README.md was edited there and is kept (`replace_card=True` replaces it)"
             rows.append(("card", [words]))
-        for label, names in (("removed there", self.removed), ("left out", self.left_out)):
+        for label, names in (
+            ("replaced there", self.replaced),
+            ("removed there", self.removed),
+            ("left out", self.left_out),
+        ):
             if names:
                 rows.append((label, [", ".join(names)]))
         yield rows
@@ -179,7 +189,11 @@ def push(
         nbytes = sum(path.stat().st_size for path in files.values())
         if on_start is not None:
             on_start(len(files), nbytes)
-        stale = sorted(name for name in existing.keys() - files if matches(name, _REPLACED))
+        there = _fetch(repo, RECORD_NAME, head).parent if RECORD_NAME in existing else None
+        is_other = there is None or record_digest(there) != found.record_digest
+        patterns = (*_REPLACED, REPORT_NAME) if is_other else _REPLACED
+        stale = sorted(name for name in existing.keys() - files if matches(name, patterns))
+        common = sorted(name for name in existing.keys() & files if name.endswith(".safetensors"))
         done = client.run_interruptibly(lambda: _commit(files, card, stale, destination))
         client.checked_commit(done.oid)
     url, branch = f"{client.endpoint()}/{destination.repo}", destination.revision
@@ -197,6 +211,7 @@ def push(
             name for name in found.foreign if name.split("/")[0] not in _FOLDERS_OF_TOOLS
         ),
         removed=tuple(stale),
+        replaced=tuple(common if is_other else ()),
         reminders=reminders(card, destination.repo, {*files, *existing}),
     )
 
@@ -236,10 +251,14 @@ def _create_repo(destination: Destination) -> ModelInfo:
 
 def _edited_card(commit: str, card: str, repo: str) -> str | None:
     """Return the repo's card if somebody wrote or edited it; such a card is kept."""
-    with client.download_limit(MOST_JSON_BYTES):
-        # By its commit: the cache may know an older one for the branch.
-        text = _read_card(client.retry(lambda: client.fetch(repo, CARD_NAME, commit)))
+    text = _read_card(_fetch(repo, CARD_NAME, commit))
     return text if is_edited(text) and text.strip() != card.strip() else None
+
+
+def _fetch(repo: str, name: str, commit: str) -> Path:
+    """Download a small file by its commit: the cache may know an older one for the branch."""
+    with client.download_limit(MOST_JSON_BYTES):
+        return client.retry(lambda: client.fetch(repo, name, commit))
 
 
 def _read_card(path: Path) -> str:
@@ -293,10 +312,14 @@ def _commit(
 def reminders(card: str, repo: str, files: Collection[str]) -> tuple[str, ...]:
     """Return what the licence named in a card requires and the repo does not have."""
     try:
-        named = read_front_matter(card, ("license_name", "license")).values()
+        named = read_front_matter(card, ("license_name", "license", "base_model"))
     except UpcycleError:
         return ()
-    names = [name.lower() for name in named if isinstance(name, str)]
+    if not named:
+        words = "the card names no licence and no base model"
+        return (f"{words}. Add them to README.md before you release the model.",)
+    licences = (named.get("license_name"), named.get("license"))
+    names = [name.lower() for name in licences if isinstance(name, str)]
     # Reminders, not legal advice. Sources: llama.com/llama3/license, llama.com/llama3_1/license and
     # later ones (section 1.b), ai.meta.com/llama/license (Llama 2, section 1.b),
     # ai.google.dev/gemma/terms (section 3.1).
