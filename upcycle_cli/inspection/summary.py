@@ -338,7 +338,7 @@ def _load_rows(found: ExpertLoad) -> Iterator[Row]:
     worst = max(layers, key=lambda each: each.load_cv)
     mean = sum(each.load_cv for each in layers) / len(layers)
     varies = f"varies by {mean:.2f} on average, at most {worst.load_cv:.2f} (layer {worst.layer})"
-    yield "load", [f"{varies} ({found.tokens:,} tokens of {found.text})"]
+    yield "expert load", [f"{varies} ({found.tokens:,} tokens of {found.text})"]
     idle, every = sum(each.idle_experts for each in layers), sum(len(e.load) for e in layers)
     where = format_layers([each.layer for each in layers if each.idle])
     yield "never chosen", [f"{idle:,} of {every:,} experts" + f", in layers {where}" * bool(idle)]

@@ -124,7 +124,7 @@ def _router(plan: Plan) -> str:
         layers = [layer.statistics for layer in found.layers.values()]
         cv = sum(layer.load_cv for layer in layers) / len(layers)
         idle = sum(layer.idle for layer in layers)
-        words += f" ({found.tokens} tokens: load varies by {cv:.2f}, {idle} never chosen)"
+        words += f" ({found.tokens} tokens: expert load varies by {cv:.2f}, {idle} never chosen)"
     if not recipe.virtual_groups:
         return f"{words}, one row per expert"
     return f"{words}, {counted(recipe.expansion, 'virtual group')} of {recipe.group_size}"

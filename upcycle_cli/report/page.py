@@ -78,7 +78,7 @@ def render(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True
     )
-    environment.filters["properties"] = properties
+    environment.filters["value_text"] = value_text
     folder = files(__package__)
     template = environment.from_string((folder / "page.html").read_text("utf-8"))
     css = Markup((folder / "page.css").read_text("utf-8"))  # noqa: S704 - our own

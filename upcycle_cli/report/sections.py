@@ -29,17 +29,17 @@ _MEASURES = {
     "added error, largest*": "added_max",
     "hidden state*": "hidden_rms",
     "gain": "gain",
-    "whole groups": "whole_share",
+    "whole groups, %": "whole_share",
     "router margin": "router_margin",
     "router entropy": "router_entropy",
-    "load, std / mean": "load_cv",
+    "expert load varies by": "load_cv",
     "idle experts": "idle_experts",
 }
 """The columns of the table by layer, and their fields of `LayerMeasure`; * marks the plotted."""
 
 
-def recipe_section(record: Mapping[str, Any]) -> Section:
-    """Return the recipe and factors from upcycle.json (any values), without defaults."""
+def recipe_section(record: Mapping[str, Any]) -> Section | None:
+    """Return recipe and factors from upcycle.json (any values), without defaults; None if empty."""
     values: dict[str, object] = {}
     defaults = {field.name: field.default for field in fields(Recipe)}
     for key, prefix in (("recipe", ""), ("growth", ""), ("factors", "factor ")):
@@ -50,12 +50,10 @@ def recipe_section(record: Mapping[str, Any]) -> Section:
                 for name, value in part.items()
                 if value not in (None, "", [], {}, 1.0 if prefix else defaults.get(name))
             }
-    title = "Recipe and factors"
     if not values:
-        words = f"This MoE has no readable {RECORD_NAME}, so its recipe is unknown."
-        return Section(key="recipe", title=title, words=[words])
-    caption = f"From {RECORD_NAME}, without defaults"
-    return Section(key="recipe", title=title, tables=[properties(values, caption)])
+        return None
+    tables = [properties(values, f"From {RECORD_NAME}, without defaults")]
+    return Section(key="recipe", title="Recipe and factors", tables=tables)
 
 
 def _by_layer(
@@ -95,7 +93,10 @@ def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
     return _by_layer(
         "Errors and routing",
         layers,
-        {name: [float(getattr(each, key)) for each in layers] for name, key in _MEASURES.items()},
+        {
+            name: [getattr(each, key) * (100.0 if "%" in name else 1.0) for each in layers]
+            for name, key in _MEASURES.items()
+        },
         unit="relative error",
         words="Errors are relative to the root mean square of the dense model's values. The added "
         "error of a layer is measured on the dense model's own input; the hidden state accumulates "
@@ -110,17 +111,17 @@ def drift_section(layers: Sequence[LayerDrift]) -> Section | None:
     if not layers:
         return None
     columns = {
-        "most moved expert*": [max(each.moved) for each in layers],
-        "mean*": [sum(each.moved) / len(each.moved) for each in layers],
-        "apart*": [each.apart for each in layers],
+        "most moved expert*": [100 * max(each.moved) for each in layers],
+        "mean*": [100 * sum(each.moved) / len(each.moved) for each in layers],
+        "apart*": [100 * each.apart for each in layers],
     }
     split, groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
     words = (
         "Distances from the dense shard (most moved, mean) and from the mean of the shard's copies "
-        f"(apart), relative to the shard's norm. {split:,} of {groups:,} virtual groups have "
+        f"(apart), in % of the shard's norm. {split:,} of {groups:,} virtual groups have "
         "unequal router rows."
     )
-    return _by_layer("Training", layers, columns, unit="relative distance", words=words)
+    return _by_layer("Training", layers, columns, unit="% of the norm", words=words)
 
 
 def _group_size(record: Mapping[str, Any], experts: int) -> int:
@@ -151,9 +152,10 @@ def load_section(
     )
     words = (
         f"{counted(len(layers), 'layer')} of {counted(experts, 'expert')}. The largest load is "
-        f"{most:.3g} times an even one (layer {layer}, expert {expert}). No token chose "
-        f"{idle:,} of {counted(experts * len(layers), 'expert')}."
+        f"{most:.3g} times an even one (layer {layer}, expert {expert})."
     )
+    if idle:
+        words += f" Experts that no token chose: {idle:,} of {experts * len(layers):,}."
     size, column = _group_size(record, experts), "expert"
     if size > 1:
         column = "virtual group"
