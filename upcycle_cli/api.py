@@ -19,7 +19,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.callbacks import Hooks, Progress
 from upcycle_cli.core.display import Result, Row
-from upcycle_cli.core.errors import ResumableError, UpcycleError, shown
+from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.safe_files import CHECKSUMS_NAME, locate
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.hub.remote_checkpoint import open_source
@@ -28,6 +28,7 @@ from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.output import Options
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.upcycle import bind_recorded, build_plan
+from upcycle_cli.recipe.options import check_kind
 from upcycle_cli.recipe.recipe import Growth, Promise, Recipe, to_recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
@@ -70,10 +71,10 @@ class Request:
     push: Destination | None = None  # where to push the finished output
 
     def __post_init__(self) -> None:
-        for value, kind in ((self.options or Options(), Options), (self.writing, WriteOptions)):
-            if not isinstance(value, kind):
-                hint = f"Pass {kind.__name__}(…)."
-                raise UpcycleError(f"{shown(value)} is not {kind.__name__}.", hint)
+        check_kind(self.options, "Options")
+        check_kind(self.merge, "MergeRequest")
+        check_kind(self.writing, "WriteOptions")
+        check_kind(self.push, "Destination")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

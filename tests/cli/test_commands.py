@@ -39,6 +39,7 @@ from upcycle_cli.recipe.recipe import (
 )
 
 RECIPE = ("--recipe", "E2G2T2")
+BY_TEXT = ("--router-init", "balanced", "--calibration", __file__)
 EMBEDDING_BYTES = 4 * VOCAB_SIZE * int(TINY["hidden_size"])
 TABLE = tomllib.loads(Path(options.__file__).with_name("options.toml").read_text("utf-8"))
 COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
@@ -107,6 +108,18 @@ def test_help_in_two_levels_fits_any_screen(command: str) -> None:
 def test_the_help_of_an_option_names_its_choices(option: str, choices: Iterable[str]) -> None:
     words = re.findall(r"[\w-]+", TABLE["moe"][option]["help"])
     assert {*choices} <= {*words}
+    assert sorted(TABLE["moe"][option].get("choices", choices)) == sorted(choices)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("--rei", "--reinit"), ("--rest ", "first mean"), ("--scale-split d", "down")],
+)
+def test_complete_options_and_values_in_a_shell(run_cli: RunCli, words: str, found: str) -> None:
+    line = f"upcycle convert {words}"
+    count = str(len(line.split(" ")) - 1)
+    variables = {"COMP_WORDS": line, "COMP_CWORD": count, "_UPCYCLE_COMPLETE": "complete_bash"}
+    assert run_cli(**variables).stdout.split() == found.split()
 
 
 # JSON ---------------------------------------------------------------------------------------------
@@ -298,6 +311,7 @@ def test_a_failed_verification_exits_with_1_and_publishes_nothing(
     [
         ((), "upcycle verify {dense} {moe}"),
         (("--scaling", "2"), "upcycle verify {dense} {moe} --allow-inexact"),
+        (BY_TEXT, f"upcycle verify {{dense}} {{moe}} {shlex.join(BY_TEXT[2:])}"),
         (("--verify",), "upcycle push {moe} my-org/it-s-moe"),
     ],
 )
@@ -411,6 +425,11 @@ def test_dtype_and_untying_reach_the_files(make_dense: MakeDense, tmp_path: Path
 
 
 # The whole job ------------------------------------------------------------------------------------
+
+
+def test_demo_json(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upcycle_cli.cli.commands.demo._make_dense", lambda at: clone(llama, at))
+    assert succeed_json("demo", tmp_path)["directory"] == str(tmp_path)
 
 
 @pytest.mark.long

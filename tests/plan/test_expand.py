@@ -225,7 +225,7 @@ def test_grow_what_upcycle_made_and_name_the_two_steps(llama: Path, tmp_path: Pa
     assert difference(logits(made, ids), logits(llama, ids)) < 1e-5
     report = verify(first, made, texts=FEW)
     assert (report.status, report.promise) == ("passed", "exact"), report
-    steps = f"upcycle verify {llama} first && upcycle verify first '{made}'"
+    steps = f"upcycle verify {llama} SOURCE && upcycle verify SOURCE '{made}'"
     assert_refused(invoke("verify", llama, made), "it grew from the MoE first", steps)
 
 

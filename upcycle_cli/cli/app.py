@@ -66,6 +66,12 @@ class _PlainHelp:
 class Command(_PlainHelp, TyperCommand):
     """A command whose errors are printed and become exit codes."""
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:  # noqa: ANN401 - as typer has them
+        """Return the completions of a word, with the options that only --help-all shows."""
+        for each in self.params:
+            each.hidden = False  # type: ignore[attr-defined]
+        return super().shell_complete(ctx, incomplete)
+
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as typer has them
         """Run the command."""
         as_json = ctx.params["json"] or ctx.params.get("json_full", False)

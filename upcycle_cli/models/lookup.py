@@ -44,8 +44,8 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     if is_moe(config):
         raise UpcycleError(
             f"this is a mixture of experts already (model_type {model_type}).",
-            "Only a dense model can be upcycled. To double the experts of this one, use `expand` 2 "
-            "without a recipe.",
+            "Only a dense model can be upcycled. To double the experts of this one, use "
+            "`Growth(expand=2)` instead of a recipe.",
         )
     is_wrapper = wrappers.wrapper_of(config) is not None
     if model_type not in DENSE and not is_wrapper:

@@ -66,6 +66,7 @@ class CalibrationText:
     name: str
     """`builtin`, or the name of the file without its directory."""
     texts: tuple[Text, ...]
+    path: Path | None = None
 
     @property
     def digest(self) -> str:
@@ -85,7 +86,7 @@ def calibration_text(place: str | Path, what: str = "the calibration text") -> C
     if str(place) == BUILTIN:
         return CalibrationText(BUILTIN, tuple(builtin_texts()))
     path = Path(place)
-    return CalibrationText(printable(path.name), tuple(read_texts(path, what)))
+    return CalibrationText(printable(path.name), tuple(read_texts(path, what)), path)
 
 
 def read_texts(path: Path, what: str) -> list[Text]:

@@ -22,6 +22,7 @@ from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.facts import facts, training_warnings
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.plan.texts import CalibrationText
 from upcycle_cli.recipe.recipe import ExpertLayout, Promise
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
 
 
 def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str]:
-    """Yield the words of the command that verifies an output; `paths` names local sources."""
+    """Yield the words of the command that verifies an output; `paths` names local files."""
     source, *others = plan.sources
     unnamed = "SOURCE" if plan.growing else "DENSE"
     dense = source.repo or (str(source.path) if paths else unnamed)
@@ -110,6 +111,11 @@ def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str
         yield from ("--dense-revision", source.revision)
     for other in others:
         yield from ("--experts-from", other.location if paths or other.repo else other.name)
+    rows, text = plan.inputs.rows, plan.inputs.text
+    if rows is not None:
+        yield from ("--router-init", str(rows.path) if paths else "FILE")
+    if isinstance(text, CalibrationText) and text.path is not None:
+        yield from ("--calibration", str(text.path) if paths else "FILE")
     if plan.promise is Promise.NONE:
         yield "--allow-inexact"
 

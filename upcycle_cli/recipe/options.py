@@ -117,6 +117,12 @@ def _types_of(kind: type) -> dict[str, tuple[type, ...]]:
     return {name: get_args(hint) or (hint,) for name, hint in found.items()}
 
 
+def check_kind(value: object, kind: str) -> None:
+    """Raise UpcycleError unless a value is None or of the class with this name."""
+    if value is not None and type(value).__name__ != kind:  # importing it could take long
+        raise UpcycleError(f"{shown(value)} is not {kind}.", f"Pass {kind}(…).")
+
+
 def check_types(made: Any) -> None:  # noqa: ANN401 - a dataclass
     """Check the fields of a dataclass, and replace strings by the enum members that they equal.
 

@@ -133,12 +133,12 @@ def _growth(
     if not is_moe(dense.config):
         source = record.get("source")
         name = printable(str(source.get("name"))) if isinstance(source, dict) else "SOURCE"
-        first = shell_line(["upcycle", "verify", str(dense.path), name])
-        second = shell_line(["upcycle", "verify", name, str(moe.path)])
+        first = shell_line(["upcycle", "verify", str(dense.path), "SOURCE"])
+        second = shell_line(["upcycle", "verify", "SOURCE", str(moe.path)])
         raise UpcycleError(
             f"{moe.path} was not made from a dense model: it grew from the MoE {name} (see its "
             f"{RECORD_NAME}).",
-            f"Verify each step: {first} && {second}",
+            f"Verify each step, where SOURCE is that MoE: {first} && {second}",
         )
     if others or given != Inputs(complete=False):
         raise UpcycleError(

@@ -35,6 +35,7 @@ from upcycle_cli.models.wrappers import nested_configs, wrapper_of
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.inputs import Inputs
 from upcycle_cli.plan.validate import check_source
+from upcycle_cli.recipe.options import check_kind
 from upcycle_cli.recipe.recipe import Promise
 from upcycle_cli.run.models import check_transformers, transformers_errors
 from upcycle_cli.verification import rebuild
@@ -86,6 +87,7 @@ def verify(  # noqa: PLR0913 - options, by name
         check_transformers()  # before gigabytes are read
     places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
     others = [locate_model(*split_revision(str(place))) for place in listed(experts_from)]
+    check_kind(texts, "TextOptions")
     texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
     given = Inputs.read(calibration=calibration, rows=router_init)
