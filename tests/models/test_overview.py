@@ -50,6 +50,7 @@ def test_a_models_own_config_decides_what_it_can_become() -> None:
     assert [{*target.trainers} & some for target in tied[:2]] == [{"torchtitan"}, set()]
     # Only transformers was tested with heads that do not make up the hidden size.
     odd = becomes({**tiny_config("llama"), "head_dim": 24, "mlp_bias": True}, ())
+    assert [any(each.untying_helps for each in found) for found in (tied, odd)] == [True, False]
     assert "experts have none" in dict(target_rows(odd))["mixtral"][0]
     assert [{*target.engines} for target in odd if not target.refusal] == [{"transformers"}]
     # Attention that is the same in all models of a type was tested, windows included.

@@ -29,11 +29,11 @@ _MEASURES = {
     "added error, largest*": "added_max",
     "hidden state*": "hidden_rms",
     "gain": "gain",
-    "whole groups, %": "whole_share",
+    "whole groups (%)": "whole_share",
     "router margin": "router_margin",
     "router entropy": "router_entropy",
     "expert load varies by": "load_cv",
-    "idle experts": "idle_experts",
+    "never chosen": "idle_experts",
 }
 """The columns of the table by layer, and their fields of `LayerMeasure`; * marks the plotted."""
 
