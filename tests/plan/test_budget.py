@@ -122,9 +122,9 @@ def test_parse_budgets() -> None:
     ("options", "words"),
     [
         (("--max-params", "many"), "--max-params 'many' is not a number of parameters"),
-        (("--max-active", "1"), "no recipe fits"),
+        (("--max-active", "0"), "no recipe fits"),
         (("--gpu-memory", "80"), "80 means 80 bytes; write 80GB"),
-        (("--gpu-memory", "80GBx0"), "80GBx0 means 0"),
+        (("--gpu-memory", "80GBx0"), "80GBx0' is not a size"),
         (("--gpu-memory", "a lot"), "--gpu-memory 'a lot' is not a size"),
         (("--max-params", "1M", "--recipe", "E2G2T2"), "--recipe"),
         (("--max-active", "1M", "--noise", "0.1", "-T", "2"), "--top-k, --noise"),

@@ -66,12 +66,6 @@ class _PlainHelp:
 class Command(_PlainHelp, TyperCommand):
     """A command whose errors are printed and become exit codes."""
 
-    def shell_complete(self, ctx: Any, incomplete: str) -> Any:  # noqa: ANN401 - as typer has them
-        """Return the completions of a word, with the options that only --help-all shows."""
-        for each in self.params:
-            each.hidden = False  # type: ignore[attr-defined]
-        return super().shell_complete(ctx, incomplete)
-
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as typer has them
         """Run the command."""
         as_json = ctx.params["json"] or ctx.params.get("json_full", False)
@@ -152,8 +146,8 @@ def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
     words = " ".join(error.format_message().split())
     if type(error).__name__ == "NoSuchOption":
         params = error.ctx.command.params
-        names = [name for each in params for name in (*each.opts, *each.secondary_opts)]
-        flags = [name for name in names if name.startswith("-")]  # an argument has a name, too
+        flags = [flag for each in params for flag in (*each.opts, *each.secondary_opts)]
+        flags = [flag for flag in flags if flag[0] == "-"]  # an argument has a name, too
         closest = did_you_mean(error.option_name, flags, cutoff=0.75)
         return f"there is no option {error.option_name}. {closest}"
     pattern = r"Invalid value for '([^']+)'.*: Input should be a valid (\w+).*"  # pydantic's words

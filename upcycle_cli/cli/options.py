@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -25,12 +26,8 @@ _FLAGS = {
 
 def with_flags(text: str) -> str:
     """Return a message with flags for the arguments that it names: `top_k` becomes --top-k."""
-    pattern = r"`(?:Growth\()?(\w+)(?:=(?:True|(\d+)\)))?`"
-
-    def flag(match: re.Match[str]) -> str:
-        return " ".join(filter(None, (_FLAGS.get(match[1], match[0]), match[2])))
-
-    return re.sub(pattern, flag, text)
+    pattern = r"`(?:Growth\()?(\w+)(?:=True|=(\d+)\))?`"
+    return re.sub(pattern, lambda m: f"{_FLAGS.get(m[1], m[0])} {m[2] or ''}".strip(), text)
 
 
 def read_path(text: str) -> Path:
@@ -104,13 +101,13 @@ def _described(each: inspect.Parameter, row: dict[str, Any], command: str) -> in
     row["help"] = row["help"].replace("{default}", str(default))
     if Path in (each.annotation, *get_args(each.annotation)):
         row["parser"] = read_path
-    more, panel, flags, choices = (
-        row.pop(key, ()) for key in ("more", "panel", "flags", "choices")
-    )
+    more, panel, flags = (row.pop(key, ()) for key in ("more", "panel", "flags"))
+    choices = row.pop("choices", None)
     if metavar := row.pop("argument", None):
         return each.replace(default=typer.Argument(default, metavar=metavar, **row))
-    row |= {"hidden": more is True or command in more, "rich_help_panel": panel or None}
-    row["autocompletion"] = (lambda: choices) if choices else None
+    hidden = (more is True or command in more) and "_UPCYCLE_COMPLETE" not in os.environ
+    row |= {"hidden": hidden, "rich_help_panel": panel or None}
+    row["autocompletion"] = choices and (lambda: choices)
     row["callback"] = use_file if row.get("is_eager") else None
     return each.replace(default=typer.Option(default, *flags, **row))
 

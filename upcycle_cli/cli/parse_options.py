@@ -40,7 +40,7 @@ _NEEDS = {
 # Each with groups for the prefix of the unit, for binary units, and for a factor.
 _COUNT = r"([KMBT]?)()()", "a number of parameters; write 50B or 700M"
 _SIZE = r"([KMGT]?)(I?)B?()", "a size; write 5GB or 500MB"
-_MEMORY = r"([KMGT]?)(I?)B?\s*(?:[x×*]\s*(\d{1,6}))?", "a size; write 80GB or 80GB×8"
+_MEMORY = r"([KMGT]?)(I?)B?\s*(?:[x×*]\s*([1-9]\d{0,5}))?", "a size; write 80GB or 80GB×8"
 
 
 # Sources ------------------------------------------------------------------------------------------
@@ -114,10 +114,8 @@ def needs_recipe(context: typer.Context) -> bool:
     if _given(context, "recipe", "expand", *_SIZES):
         return True
     if given := _given(context, *(each.name for each in fields(MoeOptions))):
-        needs = f"{_flags(given)} {'needs' if len(given) == 1 else 'need'}"
-        raise UpcycleError(
-            f"{needs} --recipe or --expand.", "Add --recipe E8G1T2, or --expand 2 for an MoE."
-        )
+        words = f"{_flags(given)} cannot be used without --recipe or --expand."
+        raise UpcycleError(words, "Add --recipe E8G1T2, or --expand 2 for an MoE.")
     return False
 
 
@@ -261,7 +259,4 @@ def _number(name: str, text: str, kind: tuple[str, str]) -> int:
     power = " KMGT".index(prefix.upper().replace("B", "G") or " ")
     if power == 0 and kind is not _COUNT and 1 <= float(number) < 1e6:
         raise UpcycleError(f"{_flags([name])} {text} means {number} bytes; write {number}GB.")
-    value = int(float(number) * (1024 if binary else 1000) ** power) * int(times or 1)
-    if value == 0:
-        raise UpcycleError(f"{_flags([name])} {text} means 0; {wanted.partition('; ')[2]}.")
-    return value
+    return int(float(number) * (1024 if binary else 1000) ** power) * int(times or 1)

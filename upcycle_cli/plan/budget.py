@@ -173,11 +173,9 @@ def _plans(
 ) -> Iterator[tuple[Plan, Plan]]:
     """Yield plans of two and of four groups for each granularity that the model can have."""
     shared, refusals = common.get("shared_experts", 0), list[UpcycleError]()
-    if shared >= _GRANULARITIES[-1]:
-        raise UpcycleError(
-            f"`shared_experts` is {shared}, but it must be less than G.",
-            f"The largest G listed is {_GRANULARITIES[-1]}.",
-        )
+    if shared >= (largest := _GRANULARITIES[-1]):
+        words = f"`shared_experts` must be less than G, and the largest G listed is {largest}."
+        raise UpcycleError(words)
     for granularity in _GRANULARITIES:
         sizes = {"granularity": granularity, "top_k": granularity - shared}
         try:

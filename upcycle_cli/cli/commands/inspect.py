@@ -151,4 +151,4 @@ def _write_report(report: Path, found: Inspection, path: Path) -> None:
     if found.kind != "moe":
         raise UpcycleError(f"{path} is a dense model; --report needs an MoE.", "Remove --report.")
     html = inspection_html(found, name=str(path), command=render.command_line())
-    write_whole(report, html.encode())
+    write_whole(report, options.with_flags(html).encode())

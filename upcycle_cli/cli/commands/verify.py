@@ -70,7 +70,7 @@ def verify(
 
         models = [*map(str, (dense, *experts_from, moe))]
         html = verification_html(found, models=models, command=render.command_line())
-        write_whole(report, html.encode())
+        write_whole(report, options.with_flags(html).encode())
         if not silent:
             terminal.talk(f"Wrote {report}.")
     if json:
