@@ -49,6 +49,9 @@ class Support(StrEnum):
     REFUSES = "does not load it"
 
 
+UNTIED = (Support.UNTIED_ONLY, Support.UNTIED_OR_WRONG)
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine, and its support for one model."""

@@ -174,7 +174,7 @@ def _facts(
             for each in known:
                 if each.support is software.Support.RUNS:
                     listed[each.name] = (*listed.get(each.name, ()), routing)
-                helps = helps or "--untie-embeddings" in each.support
+                helps = helps or each.support in software.UNTIED
     balanced = "nothing"
     if row.in_memory.correction_bias is not None:
         balanced += ": no tested trainer updates the correction bias"

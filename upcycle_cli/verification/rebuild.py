@@ -52,8 +52,8 @@ class MismatchError(Exception):
 def read_record(moe: Checkpoint) -> Record:
     """Return the MoE's record; RecordError if it is missing or has another format."""
     if not moe.storage.has(RECORD_NAME):
-        words = "is missing, which is normal after training: use `upcycle inspect"
-        raise RecordError(f"{RECORD_NAME} {words} TRAINED --weights --dense DENSE`")
+        words = "is missing, which is normal after training: use upcycle inspect"
+        raise RecordError(f"{RECORD_NAME} {words} with `weights` and `dense`")
     try:
         record = read_json(moe.storage.local(RECORD_NAME))
     except UpcycleError as error:
