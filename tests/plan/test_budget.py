@@ -138,6 +138,12 @@ def test_refuse_what_is_no_budget(llama: Path, options: tuple[str, ...], words: 
     assert words in " ".join(done.stderr.split())
 
 
+def test_suggest_an_output_outside_the_source(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(llama)
+    done = invoke("inspect", ".", "--max-params", "1M")
+    assert f"upcycle convert . ../{llama.name}-E" in done.stdout
+
+
 def test_show_the_best_recipes_first(llama: Path) -> None:
     budget = ("inspect", llama, "--max-params", "1M", "--target", "qwen2_moe", "--layers", "1")
     found = json.loads(invoke(*budget, "--json").stdout)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import RunCli, clone, read_json, validate_json, write_json
 
-from upcycle_cli import verify
+from upcycle_cli import Recipe, convert, verify
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.inspection.summary import inspect
 from upcycle_cli.report.contents import inspection_html, verification_html
@@ -297,11 +297,13 @@ def test_the_commands_write_pages(
 ) -> None:
     file = tmp_path / "r.html"
     file.write_text("an older one")
+    recipe = Recipe("E2G1T2", noise=0.1, allow_inexact=True)
+    noisy = convert(llama, tmp_path / "noisy", recipe).output
     damaged = clone(e2g2t2, tmp_path / "damaged", num_local_experts=7)
     for code, words, *command in (
         (0, "--checks directory", "verify", llama, e2g2t2, "--checks", "directory", "--json-full"),
         (1, "✗ failed", "verify", llama, damaged, "--checks", "directory"),
-        (0, "Inspection of a Mixture of Experts", "inspect", e2g2t2, "--json"),
+        (0, "differ; --dense tells which", "inspect", noisy, "--weights", "--json"),
     ):
         done = run_cli(*command, "--report", file)
         assert done.returncode == code, done.stderr
