@@ -26,7 +26,6 @@ PUBLIC = ("", "__main__")
 """What users call and import: the public API in __init__.py, and the entry point."""
 WITH_FLAGS = {
     *("publish.card", "recipe.recipe_file", "write.staging", "run.models", "models.engines"),
-    *("models.overview", "verification.rebuild"),
 }
 """These write whole commands, or what an engine needs."""
 MODULES = {
