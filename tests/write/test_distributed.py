@@ -127,7 +127,7 @@ def assert_fails(words: list[str], message: str) -> None:
     """The job fails, and its ranks say so once."""
     done = engine.run(words)
     assert done.returncode != 0
-    assert done.stdout == ""
+    assert "directory" not in done.stdout  # at most the plan
     # torch logs lost connections, in lines of its own.
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(ours) == 1, done.stderr
