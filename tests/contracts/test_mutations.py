@@ -29,7 +29,7 @@ from upcycle_cli.verification.result import CheckResult, Status
 
 FEW = TextOptions(tokens=64)
 FACTORS = "recipe.recipe:Recipe.factors"
-TENSORS = "plan.upcycle:_tensors"
+TENSORS = "plan.upcycle:TensorMaker.tensors"
 CONFIG = "plan.upcycle:moe_config"
 Patch = tuple[str, Callable[[Any], Any]]
 """What is patched, and how it follows from what was there."""

@@ -39,10 +39,10 @@ def entry(shape: str = "[1]", offsets: str = "[0, 4]") -> str:
 
 HEADERS: tuple[tuple[str, str, str], ...] = (
     ("a name very often", "{" + ", ".join([entry()[1:-1]] * 300_000) + "}", "'x' appears twice"),
-    ("a huge number", entry(f"[{HUGE}]"), "has an invalid shape"),
+    ("a huge number", entry(f"[{HUGE}]"), "invalid dtype, shape or offsets"),
     ("a number too long to read", entry(f"[{HUGE * 2}]"), "not valid JSON"),
-    ("many dimensions", entry(str([1] * 100_000)), "has an invalid shape"),
-    ("huge offsets", entry(offsets=f"[{HUGE}, {HUGE}]"), "has an invalid shape"),
+    ("many dimensions", entry(str([1] * 100_000)), "invalid dtype, shape or offsets"),
+    ("huge offsets", entry(offsets=f"[{HUGE}, {HUGE}]"), "invalid dtype, shape or offsets"),
     ("deep", "[" * 1_000_000, "not valid JSON"),
 )
 

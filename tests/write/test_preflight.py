@@ -67,7 +67,7 @@ def test_outputs_that_cannot_be_made(
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     long = "ö" + "z" * 248  # it fits itself, but not with .partial behind it
     for output, *words in (
-        ("thesis", "exists and is not empty", "--overwrite"),
+        ("thesis", "exists and is not empty", "another name"),
         ("file", "not a directory"),
         ("file/moe", "file"),
         ("linked", "is a symbolic link"),
