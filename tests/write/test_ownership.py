@@ -82,7 +82,7 @@ CHANGES: dict[str, tuple[Change, str | None, str | None]] = {
     "another template": (add("additional_chat_templates/my.jinja"), "my.jinja", OK),
     "a pipe": (lambda output: os.mkfifo(output / "pipe"), "pipe", OK),
     "an edited card": (edit("README.md", lambda data: data + b"Trained.\n"), "README.md", OK),
-    "a card of no text": (edit("README.md", lambda _: b"\xff"), "README.md", OK),
+    "a card of no text": (edit("README.md", lambda _: b"\xff"), "README.md", "not UTF-8"),
     "a trained shard": (edit(SHARD, lambda data: data.replace(b'"pt"', b'"tp"')), CHANGED, CHANGED),
     "a router trained in place": (train_in_place, "gate.weight", "gate.weight was changed"),
     "a cut shard": (edit(SHARD, lambda data: data[:-1]), CHANGED, CHANGED),

@@ -262,7 +262,10 @@ def _fetch(repo: str, name: str, commit: str) -> Path:
 
 
 def _read_card(path: Path) -> str:
-    return read_small(path, MOST_JSON_BYTES).decode(errors="replace")
+    try:
+        return read_small(path, MOST_JSON_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{path} is not UTF-8 text.", "Save it as UTF-8.") from error
 
 
 def _commit(
