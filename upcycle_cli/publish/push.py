@@ -251,7 +251,7 @@ def _create_repo(destination: Destination) -> ModelInfo:
 
 def _edited_card(commit: str, card: str, repo: str) -> str | None:
     """Return the repo's card if somebody wrote or edited it; such a card is kept."""
-    text = _read_card(_fetch(repo, CARD_NAME, commit))
+    text = read_small(_fetch(repo, CARD_NAME, commit), MOST_JSON_BYTES).decode(errors="replace")
     return text if is_edited(text) and text.strip() != card.strip() else None
 
 
