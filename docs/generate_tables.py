@@ -1,4 +1,7 @@
-"""Write the tables of docs/reference from what upcycle knows: `python docs/generate_tables.py`.
+# ruff: noqa: E402
+"""Write tables of the documentation from what upcycle knows, and from what was measured.
+
+    python docs/generate_tables.py
 
 A table lies between two comments of its page, `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -6,12 +9,29 @@ A table lies between two comments of its page, `<!-- table: NAME -->` and `<!-- 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS / "interoperability"), str(TESTS), str(TESTS.parent)]
+
+from interop.conversions import documented, results
+from interop.results import cell_of
+from interop.results import table as table_of_results
+
 from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import FUSED, SAME, SCALED, TIED, Support, engines, trainers
+from upcycle_cli.models.engines import (
+    FUSED,
+    SAME,
+    SCALED,
+    TIED,
+    TRAINERS,
+    Support,
+    engines,
+    trainers,
+)
 from upcycle_cli.models.lookup import native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
@@ -20,8 +40,11 @@ from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
 
-FOLDER = Path(__file__).parent / "reference"
-PAGES = ("families.md", "compatibility.md")
+FOLDER = Path(__file__).parent
+PAGES = (
+    *("reference/families.md", "reference/compatibility.md"),
+    *("evidence/engines.md", "evidence/training.md"),
+)
 _TABLE = re.compile(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", re.DOTALL)
 _ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 _UNTESTED = "–"
@@ -115,7 +138,7 @@ def _engine(target: Target, name: str) -> str:
         if support is not None:
             words[routing] = _WORDS[support]
     if not words:  # that transformers 4 runs a target is not listed
-        tested = table("engines").get(target.title, {}) or target.ships_code
+        tested = table("engines")["targets"].get(target.title, {}) or target.ships_code
         return "yes" if name == "transformers 4" and tested else _UNTESTED
     if len(words) == len(target.routings) and len({*words.values()}) == 1:
         return next(iter(words.values()))
@@ -124,7 +147,30 @@ def _engine(target: Target, name: str) -> str:
 
 def _shipped() -> Iterator[Mapping[str, Mapping[str, str]]]:
     """Yield the verdicts of engines on shipped code, for each dense model type."""
-    yield from (own for name, own in table("engines").items() if name.startswith(UPCYCLED_PREFIX))
+    targets = table("engines")["targets"].items()
+    yield from (own for name, own in targets if name.startswith(UPCYCLED_PREFIX))
+
+
+def _engines() -> Iterator[str]:
+    return _measured(trainers=False)
+
+
+def _trainers() -> Iterator[str]:
+    return _measured(trainers=True)
+
+
+def _measured(*, trainers: bool) -> Iterator[str]:
+    """Yield versions, what engines or trainers made of each conversion, and why some refused."""
+    names = {n: each for n, each in results()["software"].items() if (n in TRAINERS) == trainers}
+    yield from _header("software", "version", "measured on")
+    yield from (_row(name, each["version"], each["date"]) for name, each in names.items())
+    yield ""
+    rows = {
+        case: {name: cell_of(text) for name, text in found.items()}
+        for case, found in documented().items()
+        if names.keys() & found.keys()
+    }
+    yield from table_of_results(rows, [*names]).splitlines()
 
 
 def _header(*names: str) -> tuple[str, str]:
@@ -136,6 +182,7 @@ def _row(*cells: str) -> str:
 
 
 _TABLES = {"dense": _dense, "wrappers": _wrappers, "targets": _targets, "software": _software}
+_TABLES |= {"engines": _engines, "trainers": _trainers}
 
 
 if __name__ == "__main__":

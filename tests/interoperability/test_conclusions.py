@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,24 +16,25 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from interop.conclusions import Row, measured, parts_of, target_of  # noqa: E402
 from interop.conversions import EXACT, UPCYCLED, Case, documented  # noqa: E402
-from interop.results import (  # noqa: E402
-    NOT_TRIED,
-    Cell,
-    compare,
-    contradiction,
-    measured,
-    parts_of,
-    table,
-    target_of,
-)
+from interop.recorded import merge, text_of  # noqa: E402
+from interop.results import NOT_TRIED, Cell, cell_of, compare, contradiction, table  # noqa: E402
 from interop.software import SOFTWARE  # noqa: E402
 from measured import TARGET, text  # noqa: E402
 from worker import Job, in_a_fork, reason  # noqa: E402
 
 from upcycle_cli.models import engines as known  # noqa: E402
+from upcycle_cli.models.attention import PLAIN  # noqa: E402
 from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
-from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Engine, Support  # noqa: E402
+from upcycle_cli.models.engines import (  # noqa: E402
+    DIFFERS,
+    FAILS,
+    SAME,
+    TRAINERS,
+    Engine,
+    Support,
+)
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
 from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
 from upcycle_cli.plan.facts import SILENTLY_WRONG  # noqa: E402
@@ -129,8 +131,8 @@ def test_the_printed_table_lists_its_reasons() -> None:
         CONTROL: {"vLLM": Cell(FAILS, "KeyError: 'w1'")},
     }
     assert table(rows, ["vLLM", "MLX"]).splitlines()[2:] == [
-        f"| {CASE.name} | fails | same |",
-        f"| {CONTROL.name} | fails | – |",
+        f"| {CASE.name} | refuses | same |",
+        f"| {CONTROL.name} | refuses | – |",
         "",
         f"- vLLM: KeyError: 'w1' ({CASE.name}; {CONTROL.name})",
     ]
@@ -179,27 +181,52 @@ def test_the_reason_is_the_last_line_with_an_error() -> None:
     assert reason("one\n\ntwo\n") == "two"
 
 
-# From the printed table to engines.json ----------------------------------------------------------
+# From runs to results.json, and from there to engines.json -------------------------------------
+
+
+def test_results_of_another_version_replace_all_of_that_software() -> None:
+    before = {
+        "software": {
+            "vLLM": {"version": "vllm 1", "date": "2026-01-01"},
+            "MLX": {"version": "mlx 1", "date": "2026-01-01"},
+        },
+        "rows": [{"conversion": CASE.name, "found": {"vLLM": "same", "MLX": "same"}}],
+    }
+    found = {CONTROL: {"vLLM": Cell(FAILS, "no: memory"), "MLX": Cell(DIFFERS, "token 1")}}
+    versions = {"vLLM": "vllm 2", "MLX": "mlx 1"}
+    merged = merge(before, found, versions, "2026-01-02")
+    assert merged["software"]["vLLM"] == {"version": "vllm 2", "date": "2026-01-02"}
+    assert {each["conversion"]: each["found"] for each in merged["rows"]} == {
+        CASE.name: {"MLX": "same"},
+        CONTROL.name: {"vLLM": "refuses: no: memory", "MLX": "differs"},
+    }
+    assert cell_of("refuses: no: memory") == Cell(FAILS, "no: memory")
+    assert json.loads(text_of(merged)) == merged
 
 
 def test_verdicts_that_contradict_each_other_are_refused() -> None:
     one, other = (Case(dense, "mixtral", "E4G2T4", EXACT) for dense in ("mistral", "iquestcoder"))
-    assert measured({one: {"MLX": SAME}}) == {"mixtral": {"MLX": {EXACT: SAME}}}
-    with pytest.raises(ValueError, match="MLX, mixtral, topk-softmax: fails, against other rows"):
-        measured({one: {"MLX": SAME}, other: {"MLX": FAILS}})
+    same = {EXACT: SAME, known.attention_part(PLAIN): SAME}
+    assert measured([Row(one, "MLX", SAME)]) == {"mixtral": {"MLX": same}}
+    with pytest.raises(ValueError, match=r"MLX, mixtral, topk-softmax.*: refuses, against other"):
+        measured([Row(one, "MLX", SAME), Row(other, "MLX", FAILS)])
 
 
-# The table in the documentation -------------------------------------------------------------------
+# results.json ------------------------------------------------------------------------------------
 
 
 def said_of(case: Case) -> tuple[Engine, ...]:
     return known.engines(target_of(case), Routing(case.routing), parts_of(case))
 
 
-TABLE = documented("engines.md")
+TABLE = {
+    case: {name: cell_of(said).verdict for name, said in found.items() if name not in TRAINERS}
+    for case, found in documented().items()
+    if found.keys() - {*TRAINERS}
+}
 
 
-def test_the_documentation_has_every_pair_and_every_routing() -> None:
+def test_the_results_have_every_pair_and_every_routing() -> None:
     pairs = {(name, target) for name, row in DENSE.items() for target in row.targets}
     pairs |= {(wrapper, UPCYCLED) for wrapper in WRAPPERS}
     assert pairs <= {(case.wrapper or case.dense, case.target) for case in TABLE}
@@ -208,11 +235,10 @@ def test_the_documentation_has_every_pair_and_every_routing() -> None:
     assert routings <= {(case.target, case.routing) for case in TABLE}
     assert len({case.dense for case in TABLE if case.target == UPCYCLED and not case.wrapper}) > 6
     for case, row in TABLE.items():
-        tried = {name for name, verdict in row.items() if verdict != NOT_TRIED}
-        assert tried == {each.name for each in SOFTWARE if each.tries(case)}, case.name
+        assert {*row} == {each.name for each in SOFTWARE if each.tries(case)}, case.name
 
 
-def test_measured_json_is_made_from_the_documentation() -> None:
+def test_engines_json_is_made_from_the_results() -> None:
     """`python tests/interoperability/measured.py --write` makes it."""
     assert TARGET.read_text(encoding="utf-8") == text()
 

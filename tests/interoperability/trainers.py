@@ -1,6 +1,6 @@
 """Which trainers train what upcycle writes from the dense model's loss, and save it unchanged.
 
-    python tests/interoperability/trainers.py [--software NAME] [--only TEXT]
+    python tests/interoperability/trainers.py [--software NAME] [--only TEXT] [--write]
 
 converts tiny models of several dense types, hands each to each trainer on the CPU, in float32, and
 prints Markdown: whether the first step has the dense model's loss on the same batch, and whether
@@ -9,7 +9,8 @@ loss, which correction bias a step moves, and what adapters reach. Conversions w
 are wrong on purpose. Each trainer is installed into a virtual environment of its own under
 ~/.cache/upcycle-interoperability on first use.
 
-The exit code is 1 when something contradicts `upcycle_cli/models/knowledge/trainers.json`.
+`--write` puts the results into results.json. The exit code is 1 when something contradicts what
+`upcycle inspect` says.
 """
 
 from __future__ import annotations
@@ -92,11 +93,12 @@ def dense_loss(dense: Path, rows: list[list[int]]) -> float:
         return float(model(ids, labels=ids).loss)
 
 
-def main(software: list[str] | None = None, only: str = "") -> None:
+def main(software: list[str] | None = None, only: str = "", *, write: bool = False) -> None:
     """Run everything, print the tables, and exit with 1 on a contradiction."""
     wanted = software or [each.name for each in trained.TRAINERS]
     with tempfile.TemporaryDirectory(prefix="upcycle-trainers-") as name:
         run = Session(Path(name), [each for each in trained.TRAINERS if each.name in wanted])
+        run.write = write
         run.not_installed |= trained.STOPPED
         answers = {
             case: {trainer.name: answer for trainer, answer in try_all(run, case)}

@@ -64,7 +64,8 @@ ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 """In the order in which they are listed, after transformers 5."""
 OTHERS = ("vLLM by transformers", "lm-eval", "mergekit")
 """Software without an engine of its own: listed only if it fails."""
-SAME, DIFFERS, FAILS = "same", "differs", "fails"
+TRAINERS = ("transformers", "TRL", "peft", "torchtitan", "NeMo AutoModel", "OLMo-core")
+SAME, DIFFERS, FAILS = "same", "differs", "refuses"
 """Verdicts: the engine generated the dense model's text, another text, or none."""
 DIFFERS_ON_CPU, CHANGED = "differs on a CPU", "changed"
 FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
@@ -74,6 +75,7 @@ dense, a gate factor in the config, a shared expert in use."""
 _LOSS, _NO_LOSS = "loss", "no loss"
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type with shipped code."""
+_ATTENTION = "attention: "
 _SUPPORT: Mapping[tuple[str, str], Support] = {
     (FUSED, FAILS): Support.PER_EXPERT_ONLY,
     (FUSED, DIFFERS): Support.PER_EXPERT_OR_WRONG,
@@ -88,6 +90,11 @@ _OTHER_SUPPORT: Mapping[str, Support] = {
     CHANGED: Support.CHANGES,
     FAILS: Support.REFUSES,
 }
+
+
+def attention_part(attention: str) -> str:
+    """Return the property that an attention class is in the table."""
+    return _ATTENTION + attention
 
 
 def engines_of(
@@ -126,7 +133,9 @@ def engines(
     found = [Engine("transformers", Support.RUNS)]
     every = ALL_SHIPPED if target.startswith(UPCYCLED_PREFIX) else target
     for name in (*ENGINES, *OTHERS):
-        own, usual = (table("engines").get(each, {}).get(name) for each in (target, every))
+        own, usual = (
+            table("engines")["targets"].get(each, {}).get(name) for each in (target, every)
+        )
         known = {TIED: SAME, **(usual or {} if own is None else own)}
         if target.startswith(UPCYCLED_PREFIX):  # shipped code has one layout
             known[FUSED] = SAME

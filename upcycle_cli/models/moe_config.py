@@ -41,8 +41,7 @@ def moe_config(
     `dtype` is torch's name of the output dtype, or None to keep the source's.
     """
     dense, target = family.dense, family.target
-    result = _text_config(dense.family.with_current_keys(text_config_of(config)), dense, target)
-    result |= _recipe_keys(family, recipe, scale)
+    result = moe_text_config(config, family) | _recipe_keys(family, recipe, scale)
     tied = dense.values.get("tie_word_embeddings", False) and not untie_embeddings
     if target.inside is not None:
         native = None if target.ships_code else target.outer_type
@@ -68,8 +67,10 @@ def remove_local_path(config: dict[str, Any]) -> None:
         del config["_name_or_path"]
 
 
-def _text_config(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
+def moe_text_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return the config of the MoE's text model, without the keys of the recipe."""
+    dense, target = family.dense, family.target
+    config = dense.family.with_current_keys(text_config_of(config))
     # transformers treats these as aliases: "num_experts": 0 would override num_local_experts.
     dropped = {*_EXPERT_KEYS, *target.keys.aliases}
     result = {key: value for key, value in config.items() if key not in dropped}

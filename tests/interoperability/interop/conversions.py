@@ -1,21 +1,24 @@
-"""Which conversions are tried: the rows of the tables in the documentation.
+"""Which conversions are tried, and what each software made of them: the rows of results.json.
 
-To try another one, add its row to the table, with dashes for the results, and run it.
+To try another one, add its row to the file, with `"found": {}`, and run it with `--write`.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import dropwhile, takewhile
 from pathlib import Path
+from typing import Any
 
 from interop.wrapped import WRAPPED
+from upcycle_cli.models.engines import TRAINERS
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE, WRAPPED_TARGETS
 from upcycle_cli.recipe.options import ExpertLayout, Routing
 
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "evidence"
+RESULTS = Path(__file__).resolve().parents[1] / "results.json"
 EXACT, PLAIN, SIGMOID = (
     str(routing) for routing in (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK, Routing.SIGMOID_TOPK)
 )
@@ -67,21 +70,22 @@ def case_of(name: str) -> Case:
     return Case(dense, target, recipe, routing, tuple(options))
 
 
+def results() -> Mapping[str, Any]:
+    """Return results.json: versions and dates by software, and the rows."""
+    content: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return content
+
+
 @cache
-def documented(page: str) -> dict[Case, dict[str, str]]:
-    """Return the first table of conversions of a page: what each software made of each."""
-    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
-    table = dropwhile(lambda line: not line.startswith("| conversion |"), lines)
-    (_, *names), _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in takewhile(lambda line: line.startswith("|"), table)
-    )
-    return {case_of(name): dict(zip(names, cells, strict=True)) for name, *cells in rows}
+def documented() -> dict[Case, dict[str, str]]:
+    """Return what each software made of each conversion; an absent one was not tried."""
+    return {case_of(each["conversion"]): each["found"] for each in results()["rows"]}
 
 
-def cases() -> list[Case]:
-    """Return all that is tried in engines."""
-    return [*documented("engines.md")]
+def cases(*, trainers: bool = False) -> list[Case]:
+    """Return all that is tried in engines, or in trainers; a row without results is in both."""
+    rows = documented().items()
+    return [c for c, found in rows if not found or any((s in TRAINERS) == trainers for s in found)]
 
 
 @cache

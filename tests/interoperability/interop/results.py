@@ -9,12 +9,8 @@ from statistics import fmean
 
 from markdown_table import header, row
 
-from interop.conversions import UPCYCLED, Case, has_scale, is_fused
-from interop.models import is_tied
-from upcycle_cli.models import engines as known
+from interop.conversions import Case
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Engine, Support, Trainer
-from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrappers import WRAPPERS
 
 Output = Sequence[Sequence[float]]
 """Token ids of each continuation; or scores; or names of tensors that are wrong."""
@@ -35,6 +31,15 @@ class Cell:
 
     verdict: str
     detail: str = ""
+
+    def __str__(self) -> str:
+        """As results.json has it: a reason belongs to a refusal."""
+        return f"{self.verdict}: {self.detail}" if self.verdict == FAILS else self.verdict
+
+
+def cell_of(text: str) -> Cell:
+    """Return what results.json says by a text."""
+    return Cell(*text.split(": ", maxsplit=1))
 
 
 def compare(found: Output, expected: Output, margin: Margin | None = None) -> Cell:
@@ -109,100 +114,3 @@ def table(rows: Mapping[Case, Mapping[str, Cell]], software: Sequence[str]) -> s
                 details.setdefault(f"{name}: {cells[name].detail}", []).append(case.name)
     reasons = [f"- {reason} ({'; '.join(names)})" for reason, names in details.items()]
     return "\n".join([*lines, "", *reasons]).rstrip()
-
-
-Verdicts = Mapping[Case, Mapping[str, str]]
-"""The table: the verdict of each software on each conversion."""
-Measured = dict[str, dict[str, dict[str, str]]]
-"""By target, engine, and what a model has: its routing, fused experts, a tied head, …"""
-
-NOT_OF_THE_MODEL = {
-    ("nemotron_h", "vLLM"): "its build for CPUs has no experts without a gate",
-    ("qwen3_5_moe_text", "vLLM"): "its build for CPUs has this attention in bfloat16 only",
-    ("qwen3_5_moe around qwen3_5_moe_text", "vLLM"): "likewise",
-    ("ernie4_5_moe", "llama.cpp"): "its converter wants the type's own tokenizer",
-    ("solar_open", "llama.cpp"): "its converter wants the type's own tokenizer",
-    ("gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
-    ("gemma4 around gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
-}
-"""Failures of this set-up that other machines or models may not have: upcycle lists none."""
-ON_CPU = {
-    ("deepseek_v3", "vLLM"): "its build for CPUs computes another attention, of any DeepSeek-V3",
-}
-"""Wrong results on a CPU: upcycle warns of them, because the engine does not."""
-
-
-def measured(verdicts: Verdicts) -> Measured:
-    """Return what `models/knowledge/engines.json` says; ValueError where it cannot say it."""
-    found: dict[tuple[str, str, str], str] = {}
-    plain = {case: cells for case, cells in verdicts.items() if not case.control}
-    # A model with fewer parts tells what each part does.
-    for case, cells in sorted(plain.items(), key=lambda item: len(parts_of(item[0]))):
-        for engine in (*known.ENGINES, *known.OTHERS):
-            verdict = cells.get(engine, NOT_TRIED)
-            # Of the others a failure is not said, and it may be one family's alone.
-            nothing = (NOT_TRIED, FAILS) if engine in known.OTHERS else (NOT_TRIED,)
-            if verdict not in nothing and (target_of(case), engine) not in NOT_OF_THE_MODEL:
-                _take(found, target_of(case), engine, parts_of(case), verdict)
-    result: Measured = {}
-    for (target, engine, part), verdict in found.items():
-        if engine not in known.OTHERS or verdict == DIFFERS:
-            said = _said(target, engine, verdict)
-            result.setdefault(target, {}).setdefault(engine, {})[part] = said
-    shipped = [value for target, value in result.items() if target.startswith(UPCYCLED_PREFIX)]
-    for engine in known.ENGINES:
-        every = {verdict for value in shipped for verdict in value.get(engine, {}).values()}
-        if every == {FAILS}:
-            common = {part: FAILS for value in shipped for part in value.get(engine, {})}
-            result.setdefault(known.ALL_SHIPPED, {})[engine] = common
-            for value in shipped:
-                value.pop(engine, None)
-    return result
-
-
-def _said(target: str, engine: str, verdict: str) -> str:
-    if verdict != DIFFERS:
-        return verdict
-    if engine == "mergekit":
-        return known.CHANGED
-    return known.DIFFERS_ON_CPU if (target, engine) in ON_CPU else DIFFERS
-
-
-def target_of(case: Case) -> str:
-    """Return what comes out, as upcycle calls it."""
-    if case.target == UPCYCLED:
-        return f"{UPCYCLED_PREFIX}{case.wrapper or case.dense}"
-    if not case.wrapper:
-        return case.target
-    return f"{WRAPPERS[case.wrapper].natives[case.target][0]} around {case.target}"
-
-
-def parts_of(case: Case) -> list[str]:
-    """Return what a conversion has that an engine may not understand; its routing comes first."""
-    tied = is_tied(case.dense) and "--untie-embeddings" not in case.options
-    options = {"--expert-layout fused": known.FUSED, "--layers 1": known.SOME_LAYERS}
-    parts = [options[option] for option in case.options if option in options]
-    parts += [known.FUSED] if is_fused(case.target) else []
-    in_config = has_scale(case.target) and "--scale-split balanced" not in case.options
-    parts += [known.SCALED] if in_config else []
-    parts += [known.SHARED for option in case.options if option.startswith("--shared-experts")]
-    return [case.routing, *parts, *([known.TIED] if tied else [])]
-
-
-def _take(
-    found: dict[tuple[str, str, str], str],
-    target: str,
-    engine: str,
-    parts: Sequence[str],
-    verdict: str,
-) -> None:
-    """Note that all parts are understood, or the first that nothing else shows to be."""
-    before = [found.get((target, engine, part)) for part in parts]
-    wrong = [each for each in before if each not in (None, SAME)]
-    suspects = [part for part, each in zip(parts, before, strict=True) if each is None]
-    if verdict != SAME and wrong:
-        return
-    if wrong or (verdict != SAME and not suspects):
-        raise ValueError(f"{engine}, {target}, {', '.join(parts)}: {verdict}, against other rows")
-    for part in suspects if verdict == SAME else suspects[:1]:
-        found[target, engine, part] = verdict

@@ -22,6 +22,7 @@ from markdown_table import header, row
 from packaging.requirements import Requirement
 
 from interop.conversions import UPCYCLED, Case, first_of_each
+from interop.recorded import record
 from interop.results import Cell, table
 from upcycle_cli.models.engines import FAILS
 
@@ -225,6 +226,7 @@ class Session:
         self.not_installed: dict[str, str] = {}
         self.rows: dict[Case, dict[str, Cell]] = {}
         self.contradictions: list[str] = []
+        self.write = False
         for each in software:
             print(f"{each.name}: {' '.join(each.packages)}", file=sys.stderr)
             try:
@@ -238,6 +240,8 @@ class Session:
     def note(self, case: Case, software: str, cell: Cell, contradiction: str | None) -> None:
         """Fill a cell of the table."""
         self.rows.setdefault(case, {})[software] = cell
+        if self.write:
+            record({case: {software: cell}}, self.versions)
         print(f"{software}, {case.name}: {cell.verdict} {cell.detail}", file=sys.stderr)
         self.contradictions += [contradiction] if contradiction else []
 

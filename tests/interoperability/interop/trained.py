@@ -8,7 +8,7 @@ from typing import Any
 
 from markdown_table import header, row
 
-from interop.conversions import PLAIN, Case, documented
+from interop.conversions import PLAIN, Case, cases
 from interop.models import RANDOM as SIZES
 from interop.models import TINY, make_model
 from interop.results import NOT_TRIED, Cell
@@ -67,7 +67,7 @@ STOPPED: Mapping[str, str] = {
 
 def training_cases() -> list[Case]:
     """Return each architecture with its routings, other layouts, and what must be told apart."""
-    return [*documented("training.md")]
+    return cases(trainers=True)
 
 
 def make_dense(name: str, directory: Path) -> Path:

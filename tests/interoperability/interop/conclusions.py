@@ -1,0 +1,181 @@
+"""What the rows of results.json say of targets: what upcycle knows of engines and trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from interop.conversions import UPCYCLED, Case, documented, has_scale, is_fused
+from interop.models import RANDOM, REWRITTEN
+from interop.results import cell_of
+from interop.trained import RANDOM as RANDOM_TRAINED
+from interop.wrapped import WRAPPED
+from upcycle_cli.models import engines as known
+from upcycle_cli.models.attention import PLAIN, attention_class
+from upcycle_cli.models.engines import DIFFERS, FAILS, SAME
+from upcycle_cli.models.lookup import choose
+from upcycle_cli.models.moe_config import moe_text_config
+from upcycle_cli.models.shipped import UPCYCLED_PREFIX
+from upcycle_cli.models.wrappers import WRAPPERS
+
+UNTIED = "--untie-embeddings"
+SMOLLM2: Mapping[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "head_dim": 64,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""What the config of the real llama says."""
+Measured = dict[str, dict[str, dict[str, str]]]
+"""By target, software, and what a model has: its routing, fused experts, its attention, …"""
+
+NOT_OF_THE_MODEL = {
+    ("nemotron_h", "vLLM"): "its build for CPUs has no experts without a gate",
+    ("qwen3_5_moe_text", "vLLM"): "its build for CPUs has this attention in bfloat16 only",
+    ("qwen3_5_moe around qwen3_5_moe_text", "vLLM"): "likewise",
+    ("ernie4_5_moe", "llama.cpp"): "its converter wants the type's own tokenizer",
+    ("solar_open", "llama.cpp"): "its converter wants the type's own tokenizer",
+    ("gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
+    ("gemma4 around gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
+}
+"""Failures of this set-up that other machines or models may not have: upcycle lists none."""
+ON_CPU = {
+    ("deepseek_v3", "vLLM"): "its build for CPUs computes another attention, of any DeepSeek-V3",
+}
+"""Wrong results on a CPU: upcycle warns of them, because the engine does not."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one software made of one conversion."""
+
+    case: Case
+    software: str
+    verdict: str
+
+    @property
+    def target(self) -> str:
+        """What comes out, as upcycle calls it; all shipped code is one to a trainer."""
+        if self.software in known.TRAINERS and self.case.target == UPCYCLED:
+            return known.ALL_SHIPPED
+        return target_of(self.case)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the conversion has that a software may not support; its routing comes first."""
+        return parts_of(self.case, trained=self.software in known.TRAINERS)
+
+
+def all_rows() -> list[Row]:
+    """Return all results that are not of a conversion that is wrong on purpose."""
+    return [
+        Row(case, software, cell_of(text).verdict)
+        for case, found in documented().items()
+        for software, text in found.items()
+        if software != "transformers 5" and not case.control  # it runs everything
+    ]
+
+
+def measured(rows: Iterable[Row]) -> Measured:
+    """Return what `models/knowledge/engines.json` says; ValueError where it cannot say it."""
+    result: Measured = {}
+    # A model with fewer parts tells what each part does.
+    for row in sorted(rows, key=_order):
+        found = result.setdefault(row.target, {}).setdefault(row.software, {})
+        # Of the others a failure is not said, and it may be one family's alone.
+        unsaid = row.software in known.OTHERS and row.verdict == FAILS
+        if not unsaid and (row.target, row.software) not in NOT_OF_THE_MODEL:
+            _take(found, row)
+    for software in known.OTHERS:
+        for target in result.values():
+            if DIFFERS not in target.get(software, {}).values():
+                target.pop(software, None)
+    said = {
+        target: {name: _said(target, name, parts) for name, parts in found.items()}
+        for target, found in result.items()
+    }
+    _say_once(said)
+    return said
+
+
+def _say_once(said: Measured) -> None:
+    """Say of engines that refuse all shipped code that they do, in place of each family."""
+    shipped = [found for target, found in said.items() if target.startswith(UPCYCLED_PREFIX)]
+    for software in known.ENGINES:
+        every = [found[software] for found in shipped if software in found]
+        if {verdict for parts in every for verdict in parts.values()} == {FAILS}:
+            common = {part: FAILS for parts in every for part in parts}
+            said.setdefault(known.ALL_SHIPPED, {})[software] = common
+            for found in shipped:
+                found.pop(software, None)
+
+
+def _order(row: Row) -> tuple[int, int]:
+    *parts, attention = row.parts
+    return attention.count(",") + (attention != known.attention_part(PLAIN)), len(parts)
+
+
+def _said(target: str, software: str, parts: Mapping[str, str]) -> dict[str, str]:
+    differs = known.DIFFERS_ON_CPU if (target, software) in ON_CPU else DIFFERS
+    words = {DIFFERS: known.CHANGED if software == "mergekit" else differs}
+    return {part: words.get(verdict, verdict) for part, verdict in parts.items()}
+
+
+def target_of(case: Case) -> str:
+    """Return what comes out, as upcycle calls it."""
+    if case.target == UPCYCLED:
+        return f"{UPCYCLED_PREFIX}{case.wrapper or case.dense}"
+    if not case.wrapper:
+        return case.target
+    return f"{WRAPPERS[case.wrapper].natives[case.target][0]} around {case.target}"
+
+
+def dense_config(dense: str, *, trained: bool = False) -> dict[str, Any]:
+    """Return what the config of a dense model says, in engines or for trainers, without tokens."""
+    model_type, *_ = dense.split(maxsplit=1)
+    if dense in WRAPPED:
+        row = WRAPPED[dense]
+        inner = {"text_config": dict(row.text), "vision_config": dict(row.sees)}
+        return {"model_type": model_type, **row.around, **inner}
+    tiny = RANDOM_TRAINED if trained else RANDOM
+    if dense in tiny:
+        return {"model_type": model_type, **tiny[dense]}
+    settings = dict(REWRITTEN.get(dense, {}))
+    rope = {"rope_type": "default", "rope_theta": 100000.0, **settings.pop("rope", {})}
+    return {"model_type": model_type, **SMOLLM2, **settings, "rope_parameters": rope}
+
+
+@cache
+def parts_of(case: Case, *, trained: bool = False) -> tuple[str, ...]:
+    """Return what a conversion has that software may not support, from routing to attention."""
+    config = dense_config(case.dense, trained=trained)
+    family = choose(config, case.target, None)
+    tied = family.dense.values.get("tie_word_embeddings") and UNTIED not in case.options
+    options = {"--expert-layout fused": known.FUSED, "--layers 1": known.SOME_LAYERS}
+    parts = [options[option] for option in case.options if option in options]
+    parts += [known.FUSED] if is_fused(case.target) else []
+    in_config = has_scale(case.target) and "--scale-split balanced" not in case.options
+    parts += [known.SCALED] if in_config else []
+    parts += [known.SHARED for option in case.options if option.startswith("--shared-experts")]
+    parts += [known.TIED] if tied else []
+    attention = attention_class(moe_text_config(config, family))
+    return (case.routing, *parts, known.attention_part(attention))
+
+
+def _take(found: dict[str, str], row: Row) -> None:
+    """Note that all parts are supported, or the first that nothing else shows to be."""
+    wrong = [part for part in row.parts if found.get(part, SAME) != SAME]
+    suspects = [part for part in row.parts if part not in found]
+    if row.verdict != SAME and wrong:
+        return
+    if wrong or (row.verdict != SAME and not suspects):
+        words = f"{row.software}, {row.target}, {'; '.join(row.parts)}"
+        raise ValueError(f"{words}: {row.verdict}, against other rows")
+    for part in suspects if row.verdict == SAME else suspects[:1]:
+        found[part] = row.verdict
