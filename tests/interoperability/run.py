@@ -5,11 +5,11 @@
 
 converts SmolLM2-135M (`SMOLLM2` names its directory, if there is one) and tiny models of every
 other dense type to every target, runs the dense model and the result in each software, and prints a
-Markdown table: greedy text of 16 tokens after each of three prompts, in float32, is the same or
-not. lm-eval compares log likelihoods instead, and mergekit has to give back the tensors that it
-read. Some conversions are wrong on purpose, and an engine must find those different. Each
-software is installed into a virtual environment of its own under ~/.cache/upcycle-interoperability
-on first use (llama.cpp is compiled, which takes minutes).
+Markdown table: the log-probabilities of rows of tokens, and 16 greedy tokens after each, in
+float32, are the same or not. lm-eval compares log likelihoods instead, and mergekit has to give
+back the tensors that it read. Some conversions are wrong on purpose, and an engine must find those
+different. Each software is installed into a virtual environment of its own under
+~/.cache/upcycle-interoperability on first use (llama.cpp is compiled, which takes minutes).
 
 `--write` puts the results into results.json, from which measured.py and docs/generate_tables.py
 write what upcycle says and the tables of the documentation. The exit code is 1 when something
@@ -20,7 +20,6 @@ for the run and takes PyTorch from the one that runs this.
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -28,29 +27,41 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 from interop.conversions import PLAIN, QUICK, Case, case_of, cases
-from interop.models import REWRITTEN, convert, make_dense, margin
-from interop.results import Cell, Output, compare, contradiction
+from interop.models import REWRITTEN, convert, make_dense
+from interop.results import Cell, contradiction, judge
 from interop.software import SOFTWARE, Session, Software, Worker
 from interop.wrapped import WRAPPED, draw_picture
 from smollm2 import dense_and_scratch
 
 from upcycle_cli import inspect
 from upcycle_cli.models.engines import FAILS, SAME
+from upcycle_cli.plan.texts import builtin_texts
+from upcycle_cli.verification.engine_outputs import Output
 
-TOKENS = 16
-PROMPTS = (
-    "The history of the steam engine begins with",
-    "def fibonacci(n):\n    ",
-    "Once upon a time, in a small village by the sea,",
-)
-NOTHING_WRONG: Output = [[]]
+TOKENS, ROW_TOKENS, SHORT_TOKENS = 16, 96, 12
+NOTHING_WRONG: Output = {"texts": [[]], "margins": [[]], "logprobs": None}
+
+
+def make_rows(smollm2: Path) -> list[list[int]]:
+    """Return rows of text and one of mixed tokens, longer than windows, and a short one."""
+    ids = tokens_of(smollm2, "\n".join(each for each in builtin_texts() if isinstance(each, str)))
+    drawn = ids[:: len(ids) // ROW_TOKENS][:ROW_TOKENS]  # nothing that stands for a picture
+    rows = [ids[begin : begin + ROW_TOKENS] for begin in (0, len(ids) // 2)]
+    return [*rows, drawn, ids[:SHORT_TOKENS]]
+
+
+def tokens_of(model: Path, text: str) -> list[int]:
+    """Return a text as tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    ids: list[int] = PreTrainedTokenizerFast.from_pretrained(model)(text).input_ids
+    return ids
 
 
 class Engines(Session):
@@ -61,7 +72,7 @@ class Engines(Session):
     ) -> None:
         super().__init__(scratch, software, quick=quick)
         self.smollm2 = smollm2
-        self.alone = Lock()  # transformers cannot load two models at a time
+        self.rows_of_tokens = make_rows(smollm2)
         self.tried = tuple(self.workers)
         # The others are compared with transformers 5 first, since it runs everything.
         (self.transformers,) = (each for each in SOFTWARE if each.name == "transformers 5")
@@ -87,11 +98,11 @@ class Engines(Session):
             trying = [each for each in self.tried if each.tries(case)]
             # Each has a process of its own.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                cells = pool.map(lambda each: self._try(each, case, dense, moe), trying)
+                cells = pool.map(lambda each: self._try(each, case, moe), trying)
                 for each, cell in zip(trying, cells, strict=True):
                     self.note(case, each.name, cell, contradiction(case, each.name, cell, said))
 
-    def _try(self, software: Software, case: Case, dense: Path, moe: Path) -> Cell:
+    def _try(self, software: Software, case: Case, moe: Path) -> Cell:
         found = self._output(software, case.dense, moe)
         if isinstance(found, Cell):
             return found
@@ -99,8 +110,9 @@ class Engines(Session):
         for reference in self._references(software, case.dense):
             if isinstance(reference, Cell):
                 continue
-            seen = reference if software.sees else reference[: len(PROMPTS)]
-            cell = self._compare(case, dense, found, seen)
+            cell = judge(
+                found, without_picture(reference, found), approximate=case.routing == PLAIN
+            )
             if cell.verdict == SAME:
                 break
         return cell
@@ -127,23 +139,20 @@ class Engines(Session):
         picture = None
         if dense in WRAPPED and software.sees:
             file = draw_picture(self.scratch / "picture.png")
-            picture = {"file": str(file), "text": f"Here is {WRAPPED[dense].asked} a picture of"}
-        job = {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "picture": picture}
+            text = f"Here is {WRAPPED[dense].asked} a picture of"
+            picture = {"file": str(file), "text": text, "ids": tokens_of(model, text)}
+        job = {"model": str(model), "rows": self.rows_of_tokens, "tokens": TOKENS}
+        job |= {"dtype": "float32", "picture": picture, "trust": True}
         output: Output | Cell = self.workers[software].ask(job)
         return output
 
-    def _compare(self, case: Case, dense: Path, found: Output, reference: Output) -> Cell:
-        if case.routing != PLAIN:
-            return compare(found, reference)
 
-        def margin_at(index: int, position: int) -> float:
-            if index == len(PROMPTS):
-                return math.inf  # the text about a picture must be the same
-            text = [int(token) for token in reference[index]]
-            with self.alone:
-                return margin(dense, PROMPTS[index], text, position)
-
-        return compare(found, reference, margin_at)
+def without_picture(reference: Output, found: Output) -> Output:
+    """Leave out the text about a picture, if the other was not shown it."""
+    if not reference["texts"] or not found["texts"]:
+        return reference
+    count = len(found["texts"])
+    return {**reference, **{key: reference[key][:count] for key in ("texts", "margins")}}
 
 
 def main(

@@ -19,10 +19,10 @@ sys.path.insert(0, str(HERE))
 from interop.conclusions import Row, measured, parts_of, target_of  # noqa: E402
 from interop.conversions import EXACT, UPCYCLED, Case, documented  # noqa: E402
 from interop.recorded import merge, text_of  # noqa: E402
-from interop.results import NOT_TRIED, Cell, cell_of, compare, contradiction, table  # noqa: E402
+from interop.results import NOT_TRIED, Cell, cell_of, contradiction, table  # noqa: E402
 from interop.software import SOFTWARE  # noqa: E402
 from measured import TARGET, text  # noqa: E402
-from worker import Job, in_a_fork, reason  # noqa: E402
+from worker import Job, in_a_fork  # noqa: E402
 
 from upcycle_cli.models import engines as known  # noqa: E402
 from upcycle_cli.models.attention import PLAIN  # noqa: E402
@@ -42,59 +42,6 @@ from upcycle_cli.recipe.options import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
 CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",))
-
-
-TEXT, LATE, EARLY = [*range(32)], [*range(31), 99], [*range(20), 99, *range(21, 32)]
-SCORES = [-3.0] * 24
-
-
-def certain(*_place: int) -> float:
-    """A dense model with a large margin everywhere."""
-    return 3.0
-
-
-def hesitant(index: int, position: int) -> float:
-    """A dense model with no margin where the texts differ; nothing else may be asked."""
-    assert (index, position) in {(0, 31), (0, 20)}
-    return -0.01
-
-
-@pytest.mark.parametrize(
-    ("found", "expected", "margin", "verdict"),
-    [
-        ([[1, 2], [3, 4]], [[1, 2], [3, 4]], None, SAME),
-        ([[1, 2], [3, 5]], [[1, 2], [3, 4]], None, DIFFERS),
-        ([[1, 2], [3]], [[1, 2], [3, 4]], None, DIFFERS),
-        # Scores may differ by rounding.
-        ([[0.5, -3.0001]], [[0.5, -3.0]], None, SAME),
-        ([[0.5, -3.01]], [[0.5, -3.0]], None, DIFFERS),
-        # Approximate texts may part where the dense model hesitates.
-        ([LATE], [TEXT], None, DIFFERS),
-        ([LATE], [TEXT], certain, DIFFERS),
-        ([LATE], [TEXT], hesitant, SAME),
-        ([EARLY], [TEXT], hesitant, DIFFERS),
-        ([EARLY, TEXT], [TEXT, TEXT], hesitant, SAME),
-        ([TEXT[:-1]], [TEXT], hesitant, DIFFERS),
-        # Approximate scores may differ as far as softmax-topk promises.
-        ([[0.5], SCORES], [[0.5], SCORES], certain, SAME),
-        ([[0.5], [-2.95] * 24], [[0.5], SCORES], certain, SAME),
-        ([[0.5], [*SCORES[1:], -3.5]], [[0.5], SCORES], certain, SAME),
-        ([[0.5], [-2.8] * 24], [[0.5], SCORES], certain, DIFFERS),
-        ([[0.5], [float("nan")] * 24], [[0.5], SCORES], certain, DIFFERS),
-    ],
-)
-def test_outputs_are_compared(
-    found: list[list[float]],
-    expected: list[list[float]],
-    margin: Callable[..., float] | None,
-    verdict: str,
-) -> None:
-    assert compare(found, expected, *filter(None, [margin])).verdict == verdict
-
-
-def test_a_difference_is_described() -> None:
-    assert compare([[1, 2], [3, 5]], [[1, 2], [3, 4]]).detail == "from item 1 of output 1: 5 for 4"
-    assert compare([EARLY], [TEXT], hesitant).detail == "only 20 items before the outputs part"
 
 
 SAYS = [Engine("vLLM", Support.RUNS), Engine("MLX", Support.PER_EXPERT_ONLY)]
@@ -173,12 +120,6 @@ def test_a_fork_leaves_no_process_behind() -> None:
     os.close(theirs)
     assert os.read(ours, 1) == b""  # when the last process that could write is gone
     os.close(ours)
-
-
-def test_the_reason_is_the_last_line_with_an_error() -> None:
-    said = "KeyError: 'a'\nValueError: no file: /scratch/upcycle-x/moe/config.json\nDone.\n"
-    assert reason(said) == "ValueError: no file"
-    assert reason("one\n\ntwo\n") == "two"
 
 
 # From runs to results.json, and from there to engines.json -------------------------------------

@@ -1,7 +1,8 @@
 """One process for a whole run of a software: it is imported once, and forked for each model.
 
-Each line of stdin is a job, {"model", "prompts", "tokens", "picture", "limit_s"}; each line of
-stdout its answer, {"output"} or {"error"}. What is printed meanwhile goes to stderr.
+`python worker.py NAME` runs an engine by upcycle_cli/run/engine_runner.py. Each line of stdin is a
+job of that, with "limit_s"; each line of stdout its answer, {"output"} or {"error"}. What is
+printed meanwhile goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+# At the end: modules beside the runner may have the names of others.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "upcycle_cli" / "run"))
+
+from engine_runner import ENGINES, ENVIRONMENT, reason
 
 Job = dict[str, Any]
 Run = Callable[[Job], Any]
 """What a software makes of a job; it may raise, exit or crash."""
+USED = {"llama_cpp": ("torch", "transformers")}
+"""What else is worth importing once."""
 
 
 def answer_all(run: Run) -> None:
@@ -60,15 +70,17 @@ def in_a_fork(run: Run, job: Job) -> dict[str, Any]:
                 return {"output": json.load(answer)}
             case code if code == -signal.SIGALRM:
                 return {"error": f"no answer in {job['limit_s']} s"}
-            case code:
-                return {"error": reason(said.read()) or f"exit code {code}"}
+            case code if code < 0:
+                return {"error": f"exit code {code}"}
+            case _:
+                # The files are gone with the run, and different models failed for one reason.
+                return {"error": re.sub(r":? /\S*/upcycle-\S*", "", reason(said.read()))}
 
 
-def reason(said: str) -> str:
-    """Return the line that says what went wrong: often not the last one."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or line.startswith("Value error,")]
-    text = (telling or lines or [""])[-1]
-    # The files are gone with the run, and different models failed for one reason.
-    text = re.sub(r":? /\S*/upcycle-\S*", "", text)
-    return text if len(text) <= 200 else f"{text[:200]} …"
+# vLLM may start processes that import this file once more.
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    module, run = ENGINES[sys.argv[1]]
+    for name in (module, *USED.get(module, ())):
+        import_module(name)
+    answer_all(run)

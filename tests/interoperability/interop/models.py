@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,28 +239,6 @@ def _copy_tokenizer(path: Path, smollm2: Path) -> None:
     for name in TOKENIZER_FILES:
         if (smollm2 / name).is_file():
             shutil.copy(smollm2 / name, path)
-
-
-def margin(dense: Path, prompt: str, text: Sequence[int], position: int) -> float:
-    """Return by how many nats the dense model prefers a token of a text to the next best."""
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        PreTrainedTokenizerFast,
-    )
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(dense)
-    wraps = hasattr(AutoConfig.from_pretrained(dense), "vision_config")
-    auto = AutoModelForImageTextToText if wraps else AutoModelForCausalLM
-    model = auto.from_pretrained(dense, dtype=torch.float32).eval()
-    ids = torch.tensor([[*tokenizer(prompt).input_ids, *text[:position]]])
-    with torch.no_grad():
-        logits_V = model(ids).logits[0, -1]
-    token = logits_V[text[position]].item()
-    logits_V[text[position]] = -torch.inf
-    return float(token - logits_V.max().item())
 
 
 def make_twin(dense: Path) -> Path:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from markdown_table import header, row
 
 from interop.conversions import Case
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Engine, Support, Trainer
-
-Output = Sequence[Sequence[float]]
-"""Token ids of each continuation; or scores; or names of tensors that are wrong."""
+from upcycle_cli.verification.engine_outputs import HESITATION, ROUNDING, Output, compare
 
 NOT_TRIED = "–"
-SCORE_TOLERANCE = 1e-3  # rounding, in float32
-HESITATION = 0.1
-"""A hundred times the router's logits: what softmax-topk can move between two tokens, in nats."""
-ENOUGH_TOKENS = 24
-
-Margin = Callable[[int, int], float]
-"""By how many nats the dense model prefers a token (its text, its position) to the next best."""
 
 
 @dataclass(frozen=True)
@@ -42,41 +31,11 @@ def cell_of(text: str) -> Cell:
     return Cell(*text.split(": ", maxsplit=1))
 
 
-def compare(found: Output, expected: Output, margin: Margin | None = None) -> Cell:
-    """Return whether two outputs are the same, and where they part.
-
-    With approximate routing, which `margin` is for, texts may part at a token where the dense model
-    itself hesitates, after enough that agree; and scores may be off by as much on average: a rare
-    token at which two groups tie moves its own by more.
-    """
-    agreeing = 0
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if len(one) != len(other):
-            return Cell(DIFFERS, f"{len(one)} items for {len(other)} in output {index}")
-        if margin and _are_scores(other):
-            off = fmean(abs(a - b) for a, b in zip(one, other, strict=True))
-            if not off < HESITATION:
-                return Cell(DIFFERS, f"output {index} is off by {off:.3g} on average")
-            continue
-        for position, (a, b) in enumerate(zip(one, other, strict=True)):
-            if not _equal(a, b):
-                if margin and abs(margin(index, position)) < HESITATION:
-                    break
-                return Cell(DIFFERS, f"from item {position} of output {index}: {a} for {b}")
-            agreeing += 1
-    if agreeing < min(ENOUGH_TOKENS, sum(len(text) for text in expected if not _are_scores(text))):
-        return Cell(DIFFERS, f"only {agreeing} items before the outputs part")
-    return Cell(SAME)
-
-
-def _are_scores(output: Sequence[float]) -> bool:
-    return any(isinstance(item, float) for item in output)
-
-
-def _equal(one: float, other: float) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=0, abs_tol=SCORE_TOLERANCE)
-    return one == other
+def judge(found: Output, expected: Output, *, approximate: bool = False) -> Cell:
+    """Return whether two outputs are the same, `approximate` by what softmax-topk promises."""
+    tolerance = HESITATION if approximate else ROUNDING
+    difference = compare(found, expected, tolerance, on_average=approximate).difference
+    return Cell(DIFFERS, difference) if difference else Cell(SAME)
 
 
 def contradiction(

@@ -40,7 +40,10 @@ class Software:
     name: str
     packages: tuple[str, ...]
     """What pip installs, first what the version is asked of."""
-    script: str = "engines.py"
+    script: str = "others.py"
+    """What runs it, where upcycle's own runner does not."""
+    engine: str = ""
+    """What upcycle's own runner calls it, if it runs it."""
     more: tuple[str, ...] = ()
     """What pip installs, too, where the environment is to last: it prepares pictures."""
     unwanted: tuple[str, ...] = ()
@@ -90,15 +93,21 @@ SOFTWARE = (
     Software(
         "transformers 4",
         ("transformers>=4.57,<5", "torch", "accelerate"),
+        engine="transformers",
         more=_PICTURES,
         sees=True,
     ),
     Software(
-        "transformers 5", ("transformers>=5", "torch", "accelerate"), more=_PICTURES, sees=True
+        "transformers 5",
+        ("transformers>=5", "torch", "accelerate"),
+        engine="transformers",
+        more=_PICTURES,
+        sees=True,
     ),
     Software(
         "vLLM",
         _VLLM_PACKAGE,
+        engine="vllm",
         # Built for another torch, they break the imports of transformers.
         unwanted=("torchaudio", "torchcodec"),
         environment=_VLLM,
@@ -107,14 +116,14 @@ SOFTWARE = (
     Software(
         "vLLM by transformers",
         _VLLM_PACKAGE,
-        environment=_VLLM,
+        engine="vllm-transformers",
         sees=True,
         once=True,
         shipped=False,  # that has no other way
         beside="vLLM",
     ),
-    Software("llama.cpp", _LLAMA_CPP),
-    Software("MLX", ("mlx-lm", "mlx[cpu]")),
+    Software("llama.cpp", _LLAMA_CPP, engine="llama.cpp"),
+    Software("MLX", ("mlx-lm", "mlx[cpu]"), engine="mlx"),
     Software("lm-eval", ("lm-eval[hf]",), scores=True, once=True),
     Software("mergekit", ("mergekit",), generates=False, once=True),
 )
@@ -175,15 +184,21 @@ def version(python: Path, package: str) -> str:
 
 
 class Worker:
-    """A process of a software that answers for one model after another; see worker.py."""
+    """A process of a software that answers for one model after another."""
 
     def __init__(self, software: Software, python: Path, scratch: Path) -> None:
         self.python = python
+        converters = python.parents[1].glob("lib/*/site-packages/**/convert_hf_to_gguf.py")
+        self._llama_cpp = next((str(script.parent) for script in converters), None)
         environment = {**os.environ, **software.environment, "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
         self._log = (scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
         self._process = subprocess.Popen(
-            [str(python), str(SCRIPTS / software.script), software.name],
+            [
+                str(python),
+                str(SCRIPTS / ("worker.py" if software.engine else software.script)),
+                software.engine or software.name,
+            ],
             env=environment,
             cwd=scratch,
             stdin=subprocess.PIPE,
@@ -198,8 +213,9 @@ class Worker:
     def ask(self, job: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the script answers
         """Return what the script makes of a job; a failure is a cell."""
         answer = ""
+        job = {**job, "limit_s": LIMIT_S, "llama_cpp": self._llama_cpp}
         with suppress(BrokenPipeError):
-            self._stdin.write(json.dumps({**job, "limit_s": LIMIT_S}) + "\n")
+            self._stdin.write(json.dumps(job) + "\n")
             self._stdin.flush()
             answer = self._stdout.readline()
         if not answer:
