@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from string import ascii_letters
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "interoperability"), str(TESTS), str(TESTS.parent)]
@@ -20,17 +21,23 @@ from interop.conversions import documented, results
 from interop.results import cell_of
 from interop.results import table as table_of_results
 
+from upcycle_cli.models import engines as software
+from upcycle_cli.models.attention import PLAIN
 from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import (
+    DIFFERS,
+    FAILS,
     FUSED,
     SAME,
     SCALED,
     TIED,
     TRAINERS,
     Support,
-    engines,
+    Traits,
+    attention_part,
     trainers,
+    usual_attention,
 )
 from upcycle_cli.models.lookup import native_target, shipped_target
 from upcycle_cli.models.moe import Target
@@ -48,7 +55,8 @@ PAGES = (
 _TABLE = re.compile(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", re.DOTALL)
 _ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 _UNTESTED = "–"
-_USUAL_TRAINERS = ("transformers", "TRL", "peft")
+_USUAL_TRAINERS = "transformers, TRL, peft"
+_OTHER_TRAINERS = "NeMo AutoModel, torchtitan, OLMo-core"
 _WORDS = {
     Support.RUNS: "yes",
     Support.REFUSES: "no",
@@ -57,7 +65,9 @@ _WORDS = {
     Support.UNTIED_ONLY: "untied",
     Support.UNTIED_OR_WRONG: "untied, or wrong",
     Support.BALANCED_OR_WRONG: "`--scale-split balanced`, or wrong",
+    Support.PER_EXPERT_ONLY: "per-expert",
 }
+_FAILURES = {"no", "wrong", "wrong on CPU"}
 
 
 def page(name: str) -> str:
@@ -96,7 +106,9 @@ def _targets() -> Iterator[str]:
 
 
 def _software() -> Iterator[str]:
-    yield from _header("target", *_ENGINES, "also trained by", "balancing loss")
+    usual, others = (names.split(", ") for names in (_USUAL_TRAINERS, _OTHER_TRAINERS))
+    columns = (*_ENGINES, _USUAL_TRAINERS, "other trainers", "balancing loss")
+    yield from _header("target", *columns)
     inside = [
         native_target(name, Inside(wrapper, IN_MEMORY_PREFIXES))
         for wrapper in WRAPPERS.values()
@@ -105,18 +117,18 @@ def _software() -> Iterator[str]:
     shipped = shipped_target(DENSE["olmo2"], "silu", biased=False)
     alike: dict[tuple[str, ...], list[str]] = {}
     for target in (*NATIVE.values(), *inside, shipped):
-        others = {
-            trainer.name: None
-            for routing in target.routings
-            for trainer in trainers(target, routing, tied=False, fused=False)
-            if trainer.name not in _USUAL_TRAINERS
-        }
+        kind = SHIPPED if target.ships_code else target.title
+        if kind not in table("engines")["targets"]:
+            continue
         runs = [_engine(target, engine) for engine in _ENGINES]
-        if {*runs} != {_UNTESTED}:
-            loss = "yes" if target.has_balancing_loss else "no"
-            outer, _, inner = target.title.rpartition(" around ")
-            name = SHIPPED if target.ships_code else f"{inner} in {outer}" if outer else inner
-            alike.setdefault((*runs, ", ".join(others), loss), []).append(name)
+        trains = {name: _trainer(target, name) for name in (*usual, *others)}
+        more = (f"{name} {trains[name]}" for name in others if trains[name] != _UNTESTED)
+        each = dict.fromkeys(trains[name] for name in usual)
+        loss = "yes" if target.has_balancing_loss else "no"
+        outer, _, inner = target.title.rpartition(" around ")
+        name = SHIPPED if target.ships_code else f"{inner} in {outer}" if outer else inner
+        cells = (*runs, " or ".join(each), "; ".join(more), loss)
+        alike.setdefault(cells, []).append(name)
     for cells, names in alike.items():
         yield _row(", ".join(names), *cells)
 
@@ -126,23 +138,60 @@ def _engine(target: Target, name: str) -> str:
     if target.ships_code and (tried := [own for own in _shipped() if name in own]):
         runs = sum({*own[name].values()} == {SAME} for own in tried)
         return f"{runs} of {len(tried)} model types"
+    return _words(target, name, engines=True)
+
+
+def _trainer(target: Target, name: str) -> str:
+    """Return what a trainer makes of a target as convert writes it."""
+    return _words(target, name, engines=False)
+
+
+def _words(target: Target, name: str, *, engines: bool) -> str:
+    kind = SHIPPED if target.ships_code else target.title
+    known = table("engines")["targets"].get(kind, {}).get(name)
+    if not known:
+        return _UNTESTED
     usual = [SCALED] * (target.keys.scale is not None)
     usual += [FUSED] * (target.layout(None) is ExpertLayout.FUSED)
+    able = [part for part in _all_classes() if known.get(part) == SAME]
+    usual_class = usual_attention(target)
+    attention = able[0].removeprefix(attention_part("")) if able else usual_class
     words = {}
     for routing in target.routings:
-        found = [
-            {each.name: each.support for each in engines(target.title, routing, parts)}.get(name)
-            for parts in (usual, [*usual, TIED])
-        ]
-        support = found[1] if found[0] is Support.RUNS else found[0]
-        if support is not None:
-            words[routing] = _WORDS[support]
-    if not words:  # that transformers 4 runs a target is not listed
-        tested = table("engines")["targets"].get(target.title, {}) or target.ships_code
-        return "yes" if name == "transformers 4" and tested else _UNTESTED
-    if len(words) == len(target.routings) and len({*words.values()}) == 1:
-        return next(iter(words.values()))
-    return "; ".join(f"{routing}: {word}" for routing, word in words.items())
+        for properties in (usual, [*usual, TIED]):
+            traits = Traits(routing, properties, attention)
+            every = software.engines(target.title, traits) if engines else trainers(target, traits)
+            support = {each.name: each.support for each in every}.get(name, Support.RUNS)
+            if support is not Support.NOT_TRIED:
+                words[routing] = _WORDS[support]
+            if support is not Support.RUNS:
+                break
+    said = "; ".join(f"{routing}: {word}" for routing, word in words.items())
+    if len({*words.values()}) == 1:
+        said = next(iter(words.values()))
+    return " ".join([said, *_classes(known)]) if {*words.values()} - _FAILURES else said
+
+
+def _classes(known: Mapping[str, str]) -> Iterator[str]:
+    """Yield the letters of the attention classes that are the same, differ or are refused."""
+    letters = dict(zip(_all_classes(), ascii_letters, strict=False))
+    for verdict, word in ((SAME, ""), (DIFFERS, "wrong: "), (FAILS, "no: ")):
+        found = [letters[part] for part in letters if known.get(part) == verdict]
+        if found:
+            yield word + "".join(found)
+
+
+def _all_classes() -> list[str]:
+    """Return all attention classes that were measured; plain first, then the simple ones."""
+    every = table("engines")["targets"].values()
+    found = {part for each in every for known in each.values() for part in known}
+    classes = (part for part in found if part.startswith(attention_part("")))
+    return sorted(classes, key=lambda part: (part != attention_part(PLAIN), part.count(","), part))
+
+
+def _attention() -> Iterator[str]:
+    for letter, part in zip(ascii_letters, _all_classes(), strict=False):
+        yield f"- **{letter}**: {part.removeprefix(attention_part(''))}"
 
 
 def _shipped() -> Iterator[Mapping[str, Mapping[str, str]]]:
@@ -182,7 +231,7 @@ def _row(*cells: str) -> str:
 
 
 _TABLES = {"dense": _dense, "wrappers": _wrappers, "targets": _targets, "software": _software}
-_TABLES |= {"engines": _engines, "trainers": _trainers}
+_TABLES |= {"engines": _engines, "trainers": _trainers, "attention": _attention}
 
 
 if __name__ == "__main__":

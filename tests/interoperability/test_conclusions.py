@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,10 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from interop.conclusions import Row, measured, parts_of, target_of  # noqa: E402
+from interop.conclusions import NOT_OF_THE_MODEL, Row, all_rows, measured  # noqa: E402
 from interop.conversions import EXACT, UPCYCLED, Case, documented  # noqa: E402
 from interop.recorded import merge, text_of  # noqa: E402
-from interop.results import NOT_TRIED, Cell, cell_of, contradiction, table  # noqa: E402
+from interop.results import Cell, cell_of, contradiction, table  # noqa: E402
 from interop.software import SOFTWARE  # noqa: E402
 from measured import TARGET, text  # noqa: E402
 from worker import Job, in_a_fork  # noqa: E402
@@ -31,20 +33,26 @@ from upcycle_cli.models.engines import (  # noqa: E402
     DIFFERS,
     FAILS,
     SAME,
+    SILENTLY_WRONG,
     TRAINERS,
     Engine,
     Support,
+    Traits,
 )
+from upcycle_cli.models.lookup import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
-from upcycle_cli.models.wrappers import WRAPPERS  # noqa: E402
-from upcycle_cli.plan.facts import SILENTLY_WRONG  # noqa: E402
+from upcycle_cli.models.overview import families  # noqa: E402
+from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside  # noqa: E402
 from upcycle_cli.recipe.options import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
 CONTROL = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax", ("--scaling none",))
 
 
-SAYS = [Engine("vLLM", Support.RUNS), Engine("MLX", Support.PER_EXPERT_ONLY)]
+SAYS = [
+    *(Engine("vLLM", Support.RUNS), Engine("MLX", Support.PER_EXPERT_ONLY)),
+    Engine("lm-eval", Support.NOT_TRIED),
+]
 OLDER = [Engine("transformers", Support.RUNS), Engine("transformers 4", Support.PER_EXPERT_ONLY)]
 
 
@@ -54,7 +62,7 @@ OLDER = [Engine("transformers", Support.RUNS), Engine("transformers 4", Support.
         (CASE, "vLLM", SAME, SAYS, False),
         (CASE, "vLLM", DIFFERS, SAYS, True),
         (CASE, "vLLM", FAILS, SAYS, True),
-        (CASE, "vLLM", NOT_TRIED, SAYS, False),
+        (CASE, "lm-eval", SAME, SAYS, False),  # it says that it was not tried
         (CASE, "MLX", SAME, SAYS, True),
         (CASE, "MLX", FAILS, SAYS, False),
         (CASE, "llama.cpp", FAILS, SAYS, False),  # it is not listed
@@ -156,27 +164,43 @@ def test_verdicts_that_contradict_each_other_are_refused() -> None:
 # results.json ------------------------------------------------------------------------------------
 
 
-def said_of(case: Case) -> tuple[Engine, ...]:
-    return known.engines(target_of(case), Routing(case.routing), parts_of(case))
+ROWS = [row for row in all_rows() if (row.target, row.software) not in NOT_OF_THE_MODEL]
+SHIPPED_ROW = shipped_target(DENSE["nemotron"], "relu2", biased=False)
+WRAPPED_ROWS = [
+    native_target(name, Inside(wrapper, IN_MEMORY_PREFIXES))
+    for wrapper in WRAPPERS.values()
+    for name in wrapper.natives
+]
+TARGETS = {row.title: row for row in (*NATIVE.values(), *WRAPPED_ROWS)}
+Claims = Mapping[str, Engine]
 
 
-TABLE = {
-    case: {name: cell_of(said).verdict for name, said in found.items() if name not in TRAINERS}
-    for case, found in documented().items()
-    if found.keys() - {*TRAINERS}
-}
+def claims(target: str, traits: Traits) -> tuple[Claims, Claims]:
+    """Return what upcycle says of engines and of trainers, by their names in results.json."""
+    runs = {each.name: each for each in known.engines(target, traits)}
+    if runs["transformers"].support is Support.RUNS:  # an older one is listed if it differs
+        runs.setdefault("transformers 4", runs["transformers"])
+    del runs["transformers"]
+    ships_code = target.startswith(known.ALL_SHIPPED)
+    row = SHIPPED_ROW if ships_code else TARGETS[target]
+    return runs, {each.name: each for each in known.trainers(row, traits)}
 
 
-def test_the_results_have_every_pair_and_every_routing() -> None:
-    pairs = {(name, target) for name, row in DENSE.items() for target in row.targets}
-    pairs |= {(wrapper, UPCYCLED) for wrapper in WRAPPERS}
-    assert pairs <= {(case.wrapper or case.dense, case.target) for case in TABLE}
+def traits_of(row: Row) -> Traits:
+    routing, *properties, attention = row.parts
+    return Traits(Routing(routing), properties, attention.removeprefix(known.attention_part("")))
+
+
+def test_the_results_have_every_target_and_every_routing() -> None:
+    table = {case: found for case, found in documented().items() if found.keys() - {*TRAINERS}}
     routings = {(name, str(each)) for name, row in NATIVE.items() for each in row.routings}
     routings |= {(UPCYCLED, str(each)) for each in Routing}
-    assert routings <= {(case.target, case.routing) for case in TABLE}
-    assert len({case.dense for case in TABLE if case.target == UPCYCLED and not case.wrapper}) > 6
-    for case, row in TABLE.items():
-        assert {*row} == {each.name for each in SOFTWARE if each.tries(case)}, case.name
+    assert routings <= {(case.target, case.routing) for case in table}
+    assert {*WRAPPERS} <= {case.wrapper for case in table if case.target == UPCYCLED}
+    assert len({case.dense for case in table if case.target == UPCYCLED and not case.wrapper}) > 6
+    for case, found in table.items():
+        tries = {each.name for each in SOFTWARE if each.tries(case)}
+        assert {*found} - {*TRAINERS} <= tries, case.name
 
 
 def test_engines_json_is_made_from_the_results() -> None:
@@ -184,38 +208,82 @@ def test_engines_json_is_made_from_the_results() -> None:
     assert TARGET.read_text(encoding="utf-8") == text()
 
 
-def test_upcycle_says_what_was_measured_and_nothing_else() -> None:
-    for case, row in TABLE.items():
-        said = said_of(case)
-        for software, verdict in row.items():
-            assert contradiction(case, software, Cell(verdict), said) is None, case.name
-        if case.control:
-            continue
-        # Every engine supports an untied head, so the tied model may have been run instead.
-        options = tuple(option for option in case.options if option != "--untie-embeddings")
-        rows = [row, TABLE.get(replace(case, options=options), {})]
-        pair = [other for each, other in TABLE.items() if target_of(each) == target_of(case)]
-        for engine in said:
-            column = "transformers 5" if engine.name == "transformers" else engine.name
-            among = pair if column in known.OTHERS else rows
-            tried = {each.get(column, NOT_TRIED) for each in among}
-            assert tried != {NOT_TRIED}, (case.name, engine.name)
+def test_a_conversion_that_is_wrong_on_purpose_is_never_the_same() -> None:
+    for case, found in documented().items():
+        assert not case.control or SAME not in found.values(), case.name
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_upcycle_says_of_each_row_what_was_measured(row: Row) -> None:
+    said = {
+        name: each for found in claims(row.target, traits_of(row)) for name, each in found.items()
+    }
+    support = said[row.software].support if row.software in said else None
+    if row.software in known.OTHERS and row.verdict != DIFFERS:
+        assert support is None
+    elif row.verdict == SAME:
+        assert support is Support.RUNS
+    elif row.verdict == DIFFERS:
+        assert support in SILENTLY_WRONG
+    else:
+        assert support not in {None, Support.RUNS, Support.NOT_TRIED, *SILENTLY_WRONG}
+
+
+def test_nothing_is_said_to_run_that_no_row_shows() -> None:
+    """All targets, software, routings, attention classes and other properties."""
+    shown = defaultdict[tuple[str, str], set[str]](set)
+    for row in ROWS:
+        shown[row.target, row.software] |= {*row.parts} if row.verdict == SAME else set()
+    classes = {row.parts[-1] for row in ROWS} | {"attention: something new"}
+    others = (known.FUSED, known.TIED, known.SCALED, known.SHARED, known.SOME_LAYERS)
+    properties = [each for n in range(3) for each in combinations(others, n)]
+    said = 0
+    for target in {row.target for row in ROWS} | TARGETS.keys() | {"upcycled_llama"}:
+        for routing, attention, held in product(Routing, classes, properties):
+            traits = Traits(routing, held, attention.removeprefix(known.attention_part("")))
+            runs, trains = claims(target, traits)
+            for found, kind in ((runs, target), (trains, trainer_kind(target))):
+                is_fused = {known.FUSED} if kind.startswith(known.ALL_SHIPPED) else set()
+                for name, each in found.items():
+                    if each.support is Support.RUNS and (found is trains or name in known.ENGINES):
+                        assert {*traits.parts} - is_fused <= shown[kind, name], (kind, name, traits)
+                        said += 1
+    assert said > 1000
+
+
+def trainer_kind(target: str) -> str:
+    return known.ALL_SHIPPED if target.startswith(known.ALL_SHIPPED) else target
+
+
+def test_families_and_the_reference_say_what_the_rows_show() -> None:
+    same = {(r.target, r.software, r.parts[-1]) for r in ROWS if r.verdict == SAME}
+    for target in families().targets:
+        kind = next((t for t in TARGETS if t.split()[-1] == target.name), target.name)
+        for name in {**target.engines, **target.trainers}.keys() - {"transformers"}:
+            assert (kind, name, known.attention_part(target.attention)) in same
+    page = (HERE.parents[1] / "docs" / "reference" / "compatibility.md").read_text("utf-8")
+    letters = dict(re.findall(r"(?m)^- \*\*(\w)\*\*: (.+)$", page))
+    header, *rows = re.findall(r"(?m)^\| (.+?) \|$", page.split("<!-- table: software -->")[1])
+    for line in rows[1:]:
+        names, *cells = line.split(" | ")
+        for column, cell in zip(header.split(" | ")[1:], cells, strict=True):
+            for each in cell.split("; "):
+                named = next((name for name in TRAINERS if each.startswith(f"{name} ")), column)
+                *_, last = each.split(" ")
+                if ":" in each or not {*last} <= letters.keys() or last in ("yes", "no"):
+                    continue
+                for target in names.split(", "):
+                    inner, _, outer = target.partition(" in ")
+                    title = f"{outer} around {inner}" if outer else inner
+                    for name, letter in product(named.split(", "), last):
+                        assert (title, name, known.attention_part(letters[letter])) in same
 
 
 def test_engines_that_compute_something_else_get_a_warning() -> None:
     silent = {each for each in Support if each.name.endswith("WRONG") or "_ON_CPU" in each.name}
     assert {*silent, Support.CHANGES} == SILENTLY_WRONG
-    wrong = {
-        (case, software)
-        for case, row in TABLE.items()
-        for software, verdict in row.items()
-        if verdict == DIFFERS and not case.control
-    }
-    assert {(case.target, software) for case, software in wrong} >= {
+    assert {(row.target, row.software) for row in ROWS if row.verdict == DIFFERS} >= {
         ("deepseek_v3", "vLLM"),
         ("nemotron_h", "mergekit"),
         ("glm4_moe", "vLLM"),
     }
-    for case, software in wrong:
-        said = {engine.name: engine.support for engine in said_of(case)}
-        assert said[software] in SILENTLY_WRONG, f"{software}, {case.name}"

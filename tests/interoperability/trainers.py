@@ -60,7 +60,7 @@ def try_all(run: Session, case: Case) -> Iterator[tuple[Software, dict[str, Any]
                 found = "by upcycle inspect the experts have moved, in a step of no size"
                 run.contradictions.append(f"{software.name}: {found}")
             shutil.rmtree(saved, ignore_errors=True)
-            found = contradiction(case, software.name, cell, said, lists_all=True)
+            found = contradiction(case, software.name, cell, said)
             run.note(case, software.name, cell, found)
 
 

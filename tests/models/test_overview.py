@@ -11,12 +11,22 @@ from find_families import OTHERS, unknown
 from shapes import tiny_config
 
 from upcycle_cli import UpcycleError
+from upcycle_cli.models import engines as software
+from upcycle_cli.models.defaults import table
 from upcycle_cli.models.dense_rows import DENSE
-from upcycle_cli.models.engines import FUSED, SCALED, Support, engines, trainers
+from upcycle_cli.models.engines import (
+    FUSED,
+    SCALED,
+    Support,
+    Traits,
+    engines,
+    trainers,
+    usual_attention,
+)
 from upcycle_cli.models.lookup import REFUSED, dense_family, shipped_target, targets_of
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.overview import becomes, families, target_rows
-from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
+from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,20 +58,49 @@ def test_a_models_own_config_decides_what_it_can_become() -> None:
     tied = becomes({**tiny_config("qwen3"), "tie_word_embeddings": True}, ())
     some = {"torchtitan", "NeMo AutoModel"}
     assert [{*target.trainers} & some for target in tied[:2]] == [{"torchtitan"}, set()]
-    # Only transformers was tested with heads that do not make up the hidden size.
     odd = becomes({**tiny_config("llama"), "head_dim": 24, "mlp_bias": True}, ())
     assert [any(each.untying_helps for each in found) for found in (tied, odd)] == [True, False]
     assert "experts have none" in dict(target_rows(odd))["mixtral"][0]
-    assert [{*target.engines} for target in odd if not target.refusal] == [{"transformers"}]
-    # Attention that is the same in all models of a type was tested, windows included.
-    gemma4 = becomes({"model_type": "gemma4_text", **sizes_of("gemma4_text")}, ())
-    assert {row.name: {*row.engines} for row in gemma4} == {
-        SHIPPED: {"transformers", "vLLM"},
-        "gemma4_text": {"transformers", "vLLM", "MLX"},
+    wide = "head_dim × heads ≠ hidden size"
+    assert [target.attention for target in odd if not target.refusal] == [wide]
+    for share, attention in ((0.5, f"{wide}, partial rotary"), (1.0, wide)):
+        config = {"model_type": "glm", **sizes_of("glm"), "head_dim": 24}
+        found = becomes({**config, "partial_rotary_factor": share}, ())
+        assert found[0].attention.removeprefix("attention biases, ") == attention
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+
+
+def test_a_model_like_llama_3_1_gets_answers_for_its_rope_scaling() -> None:
+    found = becomes({**tiny_config("llama"), "rope_scaling": LLAMA3}, ())
+    for target in found:
+        assert target.attention == "llama3 rope scaling"
+        others = {each.name: each for each in (*target.other_engines, *target.other_trainers)}
+        for name in ("vLLM", "TRL"):
+            is_able = name in {**target.engines, **target.trainers}
+            assert is_able or others[name].cause in ("", target.attention)
+    lines = dict(target_rows(found))["mixtral"]
+    assert lines[-1] == "attention: llama3 rope scaling"
+
+
+def test_advice_names_a_target_that_the_software_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine computes something else for the first target, and the same for another one."""
+    attention = software.attention_part("llama3 rope scaling")
+    verdicts = {"mixtral": software.DIFFERS, "qwen2_moe": software.SAME}
+    faked = {
+        **table("engines"),
+        "targets": {
+            target: {"MLX": {**dict.fromkeys(Routing, software.SAME), attention: verdict}}
+            for target, verdict in verdicts.items()
+        }
+        | {software.ALL_SHIPPED: {}},
     }
-    for share, tested in ((0.5, {"transformers"}), (1.0, {"transformers", "vLLM", "MLX"})):
-        config = {"model_type": "glm", **sizes_of("glm"), "partial_rotary_factor": share}
-        assert {*becomes(config, ())[0].engines} == tested
+    monkeypatch.setattr(software, "table", lambda n: faked if n == "engines" else table(n))
+    mixtral, *_ = becomes({**tiny_config("llama"), "rope_scaling": LLAMA3}, ())
+    assert mixtral.advice == ("MLX: With `--target qwen2_moe` it computes the same.",)
+    runs, *_ = dict(target_rows([mixtral]))["mixtral"][2:]
+    assert "MLX: loads, computes something else with llama3 rope scaling" in runs
 
 
 @pytest.mark.parametrize("name", [name for name, row in DENSE.items() if row.targets])
@@ -78,8 +117,8 @@ def test_the_default_target_runs_in_most_engines_and_is_explained(name: str) -> 
         row = NATIVE[target] if native else shipped_target(family, "silu", biased=False)
         fused = row.layout(None) is ExpertLayout.FUSED
         properties = [*[FUSED] * fused, *[SCALED] * (row.keys.scale is not None)]
-        runs = engines(row.title, row.routings[0], properties)
-        trains = trainers(row, row.routings[0], tied=False, fused=fused)
+        traits = Traits(row.routings[0], properties, usual_attention(row))
+        runs, trains = engines(row.title, traits), trainers(row, traits)
         numbers = [sum(each.support is Support.RUNS for each in one) for one in (runs, trains)]
         return numbers[0], native, numbers[1]
 

@@ -12,7 +12,7 @@ from conftest import clone
 
 from upcycle_cli import Recipe, build_plan, open_checkpoint
 from upcycle_cli.checkpoint.card_metadata import is_edited
-from upcycle_cli.models.engines import trainers
+from upcycle_cli.models.engines import Traits, trainers
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.publish.card import model_card, repo_name
 from upcycle_cli.recipe.recipe import Routing
@@ -89,7 +89,7 @@ def test_names_that_a_repo_can_have(text: str, name: str) -> None:
 def test_it_says_what_to_set_in_each_trainer(llama: Path, tmp_path: Path) -> None:
     """The settings for mixtral, and for four experts."""
     section = card_of(llama, tmp_path, "plain").split("## Training")[1].split("\n## ")[0]
-    said = trainers(NATIVE["mixtral"], Routing.TOPK_SOFTMAX, tied=False, fused=False, num_experts=4)
+    said = trainers(NATIVE["mixtral"], Traits(Routing.TOPK_SOFTMAX), num_experts=4)
     assert said
     for trainer in said:
         assert trainer.precision

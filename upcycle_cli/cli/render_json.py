@@ -35,7 +35,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "shards": len(inspection.checkpoint.shards),
         "engines": _engines_json(inspection.engines),
         "trainers": {
-            trainer.name: _pick(trainer, "support settings precision")
+            trainer.name: _pick(trainer, "support cause version settings precision")
             for trainer in inspection.trainers
         },
         "claims": inspection.record,
@@ -157,9 +157,11 @@ def _tensor_json(tensor: TensorEntry | OutputTensor, file: str) -> dict[str, Any
 
 
 def _target_json(target: TargetFacts) -> dict[str, Any]:
-    names = "routings layers scaled_by engines trainers balanced shared_experts refusal"
-    return _pick(target, names)
+    names = "routings layers scaled_by attention engines trainers balanced shared_experts refusal"
+    others = _engines_json(target.other_engines), _engines_json(target.other_trainers)
+    found = {"other_engines": others[0], "other_trainers": others[1], "advice": target.advice}
+    return _pick(target, names) | found
 
 
-def _engines_json(found: Iterable[Engine]) -> dict[str, str]:
-    return {engine.name: engine.support for engine in found}
+def _engines_json(found: Iterable[Engine]) -> dict[str, dict[str, Any]]:
+    return {engine.name: _pick(engine, "support cause version") for engine in found}

@@ -23,11 +23,10 @@ from upcycle_cli.hub.remote_checkpoint import (
     open_source,
     split_revision,
 )
-from upcycle_cli.models.engines import Engine, Trainer, engines_of, support_lines, trainers
+from upcycle_cli.models.engines import Engine, Trainer, engines, support_lines, trainers, traits_of
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
 from upcycle_cli.models.moe_experts import find_experts
-from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, to_recipe
 
 if TYPE_CHECKING:
@@ -171,8 +170,14 @@ def _inspect_moe(
 ) -> Inspection:
     experts = find_experts(checkpoint)
     num_experts, target = experts.num_experts, experts.target
-    tied = bool(text_config_of(checkpoint.config).get("tie_word_embeddings", False))
-    fused = experts.layout is ExpertLayout.FUSED
+    traits = traits_of(
+        target,
+        checkpoint.config,
+        experts.routing,
+        fused=experts.layout is ExpertLayout.FUSED,
+        layers=experts.layers,
+        shared=experts.shares,
+    )
     idle = experts.num_parameters // num_experts * (num_experts - experts.top_k)
     facts = found = None
     # From the record, since the expansion cannot be seen in the MoE.
@@ -205,15 +210,8 @@ def _inspect_moe(
         total_parameters=checkpoint.num_parameters,
         active_parameters=checkpoint.num_parameters - idle,
         dense_parameters=recorded if type(recorded) is int else None,
-        engines=engines_of(
-            target,
-            checkpoint.config,
-            experts.routing,
-            fused=fused,
-            layers=experts.layers,
-            shared=experts.shares,
-        ),
-        trainers=trainers(target, experts.routing, tied=tied, fused=fused, num_experts=num_experts),
+        engines=engines(target.title, traits),
+        trainers=trainers(target, traits, num_experts=num_experts),
         record=experts.record,
         weights=facts,
         load=found,

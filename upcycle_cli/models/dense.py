@@ -89,8 +89,6 @@ class DenseFamily:
     windows: Callable[[defaults.ConfigValues, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
     """The native targets; the one that most software loads comes first."""
-    attention_was_tested: bool = False
-    """Whether engines were tested with its attention, which is the same in all its models."""
     has_obsolete_code: bool = False
     """Whether released models ship code that is now part of transformers."""
     inside: Inside | None = None

@@ -152,14 +152,13 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("gemma", norm_offset=1.0),
     DenseFamily("gemma2", **_GEMMA),
-    DenseFamily("gemma3_text", **_GEMMA, attention_was_tested=True),
+    DenseFamily("gemma3_text", **_GEMMA),
     DenseFamily(
         "gemma4_text",
         norm="pre_feedforward_layernorm.weight",
         activation="hidden_activation",
         width=_gemma4_width,
         layers_differ=True,  # in heads, and in which keys they share
-        attention_was_tested=True,
         targets=("gemma4_text",),
     ),
     DenseFamily(

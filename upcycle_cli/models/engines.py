@@ -1,18 +1,19 @@
-"""Which inference engines run a target and routing correctly, and which trainers train it.
+"""Which inference engines run a model correctly, and which trainers train it.
 
-`knowledge/engines.json` is generated from the table of docs/evidence/engines.md. Untested pairs are
-not listed. Shipped code is listed by family; failures of all tested families hold for all.
+`knowledge/engines.json` is generated from the measurements in tests/interoperability/results.json
+(docs/evidence/engines.md and training.md print them). By target and software it has a verdict on
+each property that a model can have: its routing, experts in one tensor, its attention class, and
+others. A model runs if everything that it has was the same; what was not measured is "not tried".
+A software without properties was stopped by the machine of the measurements, which says nothing.
+Engines have shipped code by family; failures of all families are stated once. To trainers all
+shipped code is one.
 
-`knowledge/trainers.json` has, by target (all shipped code is one), what docs/evidence/training.md
-found:
+`knowledge/trainers.json` has, by target, what docs/evidence/training.md found:
 
-- tried       trainers with the dense model's first loss that returned the model's tensors
-- own_code    trainers with their own model classes, which read per-expert names only
-- own_head    trainers that refuse a tied head
-- settings    by trainer and target, or by how the target is balanced (loss, no loss): what to set
-- by_routing  by trainer and routing: what else to set; where_tied: by trainer, for a tied head
-- precision   by trainer: where float32 master weights come from
-- all_linear  what peft's `target_modules="all-linear"` reaches; attention only if not listed
+- settings     by trainer and target, or by how the target is balanced (loss, no loss): what to set
+- by_routing   by trainer and routing: what else to set; where_tied: by trainer, for a tied head
+- precision    by trainer: where float32 master weights come from
+- all_linear   what peft's `target_modules="all-linear"` reaches; attention only if not listed
 
 Settings may contain $num_experts, $parameters (the experts' weights) and $reached (all_linear).
 """
@@ -20,14 +21,15 @@ Settings may contain $num_experts, $parameters (the experts' weights) and $reach
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from string import Template
 from typing import Any
 
-from upcycle_cli.models.defaults import defaults_of, table
-from upcycle_cli.models.dense_rows import DENSE
+from upcycle_cli.models.attention import PLAIN, attention_class
+from upcycle_cli.models.defaults import table
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import text_config_of
@@ -47,9 +49,15 @@ class Support(StrEnum):
     WRONG_ON_CPU = "loads, computes something else on a CPU"
     CHANGES = "gives back other tensors"
     REFUSES = "does not load it"
+    NOT_TRIED = "not tried"
 
 
 UNTIED = (Support.UNTIED_ONLY, Support.UNTIED_OR_WRONG)
+SILENTLY_WRONG = {
+    *(Support.UNTIED_OR_WRONG, Support.BALANCED_OR_WRONG, Support.PER_EXPERT_OR_WRONG),
+    *(Support.WRONG, Support.WRONG_ON_CPU, Support.CHANGES),
+}
+"""What software does without an error."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +66,58 @@ class Engine:
 
     name: str
     support: Support
+    cause: str = ""
+    """The property that it does not support or was not tried with; "" if it is the target."""
+    version: str | None = None
+    """The version that was measured; None if none was."""
+
+    @property
+    def words(self) -> str:
+        """The support and its cause, in words that follow the name."""
+        return f"{self.support} with {self.cause}" if self.cause else str(self.support)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What an MoE has that software may not support."""
+
+    routing: Routing
+    properties: Collection[str] = ()
+    attention: str = PLAIN
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The properties by which measurements are listed; attention comes last."""
+        held = {self.routing, *self.properties}
+        parts = (SOME_LAYERS, str(self.routing), FUSED, TIED, SCALED, SHARED)
+        return (*(part for part in parts if part in held), attention_part(self.attention))
 
 
 ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 """In the order in which they are listed, after transformers 5."""
 OTHERS = ("vLLM by transformers", "lm-eval", "mergekit")
-"""Software without an engine of its own: listed only if it fails."""
+"""Software without an engine of its own: listed only if it computes something else."""
 TRAINERS = ("transformers", "TRL", "peft", "torchtitan", "NeMo AutoModel", "OLMo-core")
+_OWN_CLASSES = ("torchtitan", "OLMo-core")
+"""Trainers without transformers' classes: listed only for targets that were tried."""
 SAME, DIFFERS, FAILS = "same", "differs", "refuses"
-"""Verdicts: the engine generated the dense model's text, another text, or none."""
+"""Verdicts: the software computed what the dense model computes, something else, or nothing."""
 DIFFERS_ON_CPU, CHANGED = "differs on a CPU", "changed"
 FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
 SCALED, SHARED = "scaled", "shared"
 """Properties that an engine may not support: experts in one tensor, a tied head, layers that stay
 dense, a gate factor in the config, a shared expert in use."""
+_CAUSES: Mapping[str, str] = {
+    FUSED: "experts in one tensor",
+    TIED: "a tied head",
+    SOME_LAYERS: "some layers dense",
+    SCALED: "a gate factor in the config",
+    SHARED: "a shared expert",
+}
+_ATTENTION = "attention: "
 _LOSS, _NO_LOSS = "loss", "no loss"
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type with shipped code."""
-_ATTENTION = "attention: "
 _SUPPORT: Mapping[tuple[str, str], Support] = {
     (FUSED, FAILS): Support.PER_EXPERT_ONLY,
     (FUSED, DIFFERS): Support.PER_EXPERT_OR_WRONG,
@@ -97,7 +139,7 @@ def attention_part(attention: str) -> str:
     return _ATTENTION + attention
 
 
-def engines_of(
+def traits_of(
     target: Target,
     config: Mapping[str, Any],
     routing: Routing,
@@ -105,8 +147,8 @@ def engines_of(
     fused: bool,
     layers: Sequence[int],
     shared: bool,
-) -> tuple[Engine, ...]:
-    """Return the support of each tested engine for an MoE; `config` and `layers` are the MoE's."""
+) -> Traits:
+    """Return the traits of an MoE; `config` and `layers` are the MoE's."""
     config = text_config_of(config)
     mlps = target.layers.mlps(config) or target.num_layers(config)
     applies = {
@@ -116,86 +158,98 @@ def engines_of(
         SCALED: config.get(target.keys.scale or "", 1.0) != 1.0,
         SHARED: shared,
     }
-    properties = {name for name, holds in applies.items() if holds}
-    plain = has_plain_attention(config)
-    return engines(target.title, routing, properties, plain_attention=plain)
+    properties = frozenset(name for name, holds in applies.items() if holds)
+    return Traits(routing, properties, attention_class(config))
 
 
-def engines(
-    target: str, routing: Routing, properties: Collection[str], *, plain_attention: bool = True
-) -> tuple[Engine, ...]:
-    """Return the support of each tested engine.
+def engines(target: str, traits: Traits) -> tuple[Engine, ...]:
+    """Return the support of each engine; `target` is the title of its row.
 
-    `target` is the title of its row. Without `plain_attention` (see `has_plain_attention`) success
-    is known only for "transformers", version 5, which runs everything; "transformers 4" is listed
+    "transformers" is version 5, in which `verify` runs every model; "transformers 4" is listed only
     if it differs.
     """
-    found = [Engine("transformers", Support.RUNS)]
-    every = ALL_SHIPPED if target.startswith(UPCYCLED_PREFIX) else target
+    found = [Engine("transformers", Support.RUNS, version=_version("transformers 5"))]
     for name in (*ENGINES, *OTHERS):
-        own, usual = (
-            table("engines")["targets"].get(each, {}).get(name) for each in (target, every)
-        )
-        known = {TIED: SAME, **(usual or {} if own is None else own)}
-        if target.startswith(UPCYCLED_PREFIX):  # shipped code has one layout
-            known[FUSED] = SAME
-        parts = (SOME_LAYERS, str(routing), FUSED, TIED, SCALED, SHARED)
-        applying = [part for part in parts if part in {routing, *properties}]
-        verdicts = [(part, known.get(part)) for part in applying]
-        failed = [
-            _SUPPORT.get((part, verdict), _OTHER_SUPPORT[verdict])
-            for part, verdict in verdicts
-            if verdict not in (SAME, None)
-        ]
-        if failed:
-            found.append(Engine(name, failed[0]))
-        elif plain_attention and name in ENGINES[1:] and all(verdict for _, verdict in verdicts):
-            found.append(Engine(name, Support.RUNS))
+        known = _known(target, name)
+        if known == {}:
+            continue
+        support, cause = _judged(known, traits)
+        is_usual = support is Support.RUNS and name not in ENGINES[1:]
+        if not is_usual and (name in ENGINES or support in SILENTLY_WRONG):
+            found.append(Engine(name, support, cause, _version(name) if known else None))
     return tuple(found)
 
 
-def has_plain_attention(config: Mapping[str, Any]) -> bool:
-    """Whether attention is of the plain kind that engines were tested with.
+def usual_attention(target: Target) -> str:
+    """Return the attention class that stands for a target: what most software was tried with."""
+    kinds = table("engines")["targets"].get(ALL_SHIPPED if target.ships_code else target.title, {})
+    every = (part for verdicts in kinds.values() for part in verdicts)
+    counts = Counter[str](part for part in every if part.startswith(_ATTENTION))
+    plain = attention_part(PLAIN)
+    most = max((*counts, plain), key=lambda part: (counts[part], part == plain))
+    return most.removeprefix(_ATTENTION)
 
-    Heads make up the hidden size, no layer slides, rope is not scaled and rotates whole heads. In
-    shipped code, any share of a head counts. Attention that is the same in all models of a type
-    counts as plain if engines were tested with that type.
-    """
-    model_type = str(config.get("model_type"))
-    family = DENSE.get(model_type.removeprefix(UPCYCLED_PREFIX))
-    if family is not None and family.attention_was_tested:
-        return True
-    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
-    are_sizes = type(heads) is int and type(head_dim) is int
-    whole = head_dim is None or (are_sizes and heads * head_dim == config.get("hidden_size"))
-    slides = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
-    ropes = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
-    ropes += [kind for rope in ropes if isinstance(rope, dict) for kind in rope.values()]
-    stated = [rope for rope in ropes if isinstance(rope, dict)]
-    kinds = {rope.get("rope_type", "default") for rope in stated}
-    key, usual = "partial_rotary_factor", defaults_of(model_type)
-    shares = {rope[key] for rope in stated if key in rope} or {config.get(key, usual.get(key, 1.0))}
-    turns = key not in usual or shares == {1.0}
-    return whole and not slides and kinds <= {"default"} and turns
+
+def _version(name: str) -> str:
+    return str(table("engines")["software"][name])
+
+
+def _known(target: str, name: str) -> Mapping[str, str] | None:
+    """Return the verdicts on a target by property, or None if the software was not tried."""
+    measured, ships_code = table("engines")["targets"], target.startswith(ALL_SHIPPED)
+    found: dict[str, str] | None = measured.get(target, {}).get(name)
+    if found is None and ships_code:
+        found = measured[ALL_SHIPPED].get(name)
+    return {**found, FUSED: SAME} if found and ships_code else found  # it has one layout
+
+
+def _judged(known: Mapping[str, str] | None, traits: Traits) -> tuple[Support, str]:
+    """Return the support of a software for a model, and its cause."""
+    if not known:
+        return Support.NOT_TRIED, ""
+    attention, held = traits.parts[-1], {*traits.attention.split(", ")}
+    # Where a model with some of these properties fails, this one does, unless it was measured.
+    fewer = [part for part in known if attention not in known and _properties(part) < held]
+    for part in (*traits.parts, *sorted(fewer, key=len)):
+        verdict = known.get(part, SAME)
+        if (remedy := _SUPPORT.get((part, verdict))) is not None:
+            return remedy, ""
+        if verdict != SAME:
+            return _OTHER_SUPPORT[verdict], _cause(part, known)
+    missing = [_cause(part, known) for part in traits.parts if part not in known]
+    return (Support.NOT_TRIED, " and ".join(missing)) if missing else (Support.RUNS, "")
+
+
+def _properties(part: str) -> set[str]:
+    """Return the properties of a part that is an attention class, or something in no class."""
+    return {*part.removeprefix(_ATTENTION).split(", ")} if part.startswith(_ATTENTION) else {part}
+
+
+def _cause(part: str, known: Mapping[str, str]) -> str:
+    """Return a property in words; "" for a routing where no other runs: it is the target's."""
+    if part.startswith(_ATTENTION):
+        name = part.removeprefix(_ATTENTION)
+        return "plain attention" if name == PLAIN else name.replace(", ", " and ")
+    if part in _CAUSES:
+        return _CAUSES[part]
+    is_one_of_several = any(known.get(str(r)) == SAME for r in Routing if r != part)
+    return f"{part} routing" if is_one_of_several else ""
 
 
 @dataclass(frozen=True)
 class Trainer(Engine):
     """A trainer, and its support for one model."""
 
-    settings: str
+    settings: str = ""
     """What to set, in words that follow the trainer's name."""
-    precision: str
+    precision: str = ""
     """Whether it keeps float32 master weights, and what to set for them."""
 
 
 def trainers(
-    target: Target, routing: Routing, *, tied: bool, fused: bool, num_experts: int | None = None
+    target: Target, traits: Traits, *, num_experts: int | None = None
 ) -> tuple[Trainer, ...]:
-    """Return the support of each tested trainer.
-
-    `tied` says whether the head is tied, `fused` whether the experts of a layer are one tensor.
-    """
+    """Return the support of each trainer."""
     kind, known = ALL_SHIPPED if target.ships_code else target.title, table("trainers")
     balanced = _LOSS if target.has_balancing_loss else _NO_LOSS
     matrices = (f'"{weight.name}"' for weight in target.in_memory.experts if not weight.is_bias)
@@ -205,30 +259,36 @@ def trainers(
         "reached": known["all_linear"].get(kind, "attention, but no expert"),
     }
     found = []
-    for name in known["tried"].get(kind, ()):
-        support = Support.RUNS
-        if fused and name in known["own_code"].get(kind, ()):
-            per_expert = ExpertLayout.PER_EXPERT in target.layouts
-            support = Support.PER_EXPERT_ONLY if per_expert else Support.REFUSES
-        elif tied and name in known["own_head"].get(kind, ()):
-            support = Support.UNTIED_ONLY
+    for name in TRAINERS:
+        verdicts = _known(kind, name)
+        if verdicts == {} or (verdicts is None and name in _OWN_CLASSES):
+            continue
+        support, cause = _judged(verdicts, traits)
+        if support is Support.PER_EXPERT_ONLY and ExpertLayout.PER_EXPERT not in target.layouts:
+            support = Support.REFUSES
         settings = known["settings"][name]
         words = [settings.get(kind) or settings[balanced]]
-        words += [text for key, text in known["by_routing"].get(name, {}).items() if key == routing]
-        words += [known["where_tied"][name]] if tied and name in known["where_tied"] else []
-        text = Template("; ".join(words)).substitute(values)
-        found.append(Trainer(name, support, text, known["precision"][name]))
+        more = known["by_routing"].get(name, {}).get(traits.routing)
+        tied = known["where_tied"].get(name) if TIED in traits.properties else None
+        text = Template("; ".join(filter(None, [*words, more, tied]))).substitute(values)
+        version = _version(name) if verdicts else None
+        found.append(Trainer(name, support, cause, version, text, known["precision"][name]))
     return tuple(found)
+
+
+def instead(target: str) -> str:
+    """Return the advice to use another target, which the software in question runs."""
+    return f"With `--target {target}` it computes the same."
 
 
 def support_lines(found: Iterable[Engine]) -> list[str]:
     """Return names of engines or trainers, a line for each kind of support."""
-    names: dict[Support, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for each in found:
-        names.setdefault(each.support, []).append(each.name)
+        names.setdefault(each.words, []).append(each.name)
     lines = []
     for support, alike in names.items():
-        words = "" if support is Support.RUNS else f": {support}"
+        words = "" if support == Support.RUNS else f": {support}"
         if len(alike) > 1:
             words = re.sub(r"\b(do|need|load|compute|give)e?s\b", r"\1", words)
         lines.append(", ".join(alike) + words)

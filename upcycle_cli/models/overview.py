@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -12,12 +12,13 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.text import any_of, did_you_mean
 from upcycle_cli.models import engines as software
 from upcycle_cli.models import lookup
+from upcycle_cli.models.attention import attention_class
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import choose
 from upcycle_cli.models.moe import Target
+from upcycle_cli.models.moe_config import moe_text_config
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside, text_config_of
+from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 
@@ -31,10 +32,18 @@ class TargetFacts:
     """The first is the default."""
     layers: str = ""
     """Which layers can be mixtures of experts: any, a range, the last ones, all."""
+    attention: str = ""
+    """The attention class that engines and trainers are stated for: the model's, or the usual."""
     engines: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
     """The engines that run it, with the routings they support."""
+    other_engines: tuple[software.Engine, ...] = ()
+    """The engines that run it with no routing, or were not tried."""
     trainers: Mapping[str, tuple[Routing, ...]] = field(default_factory=dict)
     """The trainers that take it, with the routings they support."""
+    other_trainers: tuple[software.Engine, ...] = ()
+    """The trainers that take it with no routing, or were not tried."""
+    advice: tuple[str, ...] = ()
+    """The other target to use for software that computes something else with this one."""
     balanced: str = ""
     """How transformers balances the experts in training: auxiliary loss or nothing."""
     shared_experts: str = ""
@@ -141,9 +150,26 @@ def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFa
 
     `names` are the model's tensors. Raises UpcycleError for an invalid config.
     """
-    return tuple(
+    found = [
         _of_model(config, names, name) for name in lookup.targets_of(lookup.dense_family(config))
-    )
+    ]
+    return tuple(replace(facts, advice=tuple(_advice(facts, found))) for facts in found)
+
+
+def target_that_runs(
+    each: software.Engine, facts: Iterable[TargetFacts], other_than: str
+) -> str | None:
+    """Return the first other target that an engine or a trainer runs, or None."""
+    kind = "trainers" if isinstance(each, software.Trainer) else "engines"
+    able = (target.name for target in facts if each.name in getattr(target, kind))
+    return next((name for name in able if name != other_than), None)
+
+
+def _advice(facts: TargetFacts, every: Collection[TargetFacts]) -> Iterator[str]:
+    for each in (*facts.other_engines, *facts.other_trainers):
+        other = target_that_runs(each, every, facts.name)
+        if each.support in software.SILENTLY_WRONG and other is not None:
+            yield f"{each.name}: {software.instead(other)}"
 
 
 def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> TargetFacts:
@@ -152,29 +178,21 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
     except UpcycleError as error:
         return TargetFacts(name=name, refusal=error.message)
     tied = bool(family.dense.values.get("tie_word_embeddings", False))
-    text = text_config_of(config)
-    if family.target.ships_code:
-        text = {**text, "model_type": f"{UPCYCLED_PREFIX}{text['model_type']}"}
-    plain = software.has_plain_attention(text)
-    return _facts(name, family.target, tied=tied, plain_attention=plain)
+    attention = attention_class(moe_text_config(config, family))
+    return _facts(name, family.target, tied=tied, attention=attention)
 
 
-def _facts(
-    name: str, row: Target, *, tied: bool = False, plain_attention: bool = True
-) -> TargetFacts:
-    helps, runs = False, dict[str, tuple[Routing, ...]]()
-    trains: dict[str, tuple[Routing, ...]] = {}
+def _facts(name: str, row: Target, *, tied: bool = False, attention: str = "") -> TargetFacts:
+    is_general, attention = not attention, attention or software.usual_attention(row)
     fused, scale = row.layout(None) is ExpertLayout.FUSED, row.keys.scale
     applies = {software.TIED: tied, software.FUSED: fused, software.SCALED: scale is not None}
-    properties = {name for name, holds in applies.items() if holds}
-    for routing in row.routings:
-        found = software.engines(row.title, routing, properties, plain_attention=plain_attention)
-        learned = software.trainers(row, routing, tied=tied, fused=fused)
-        for listed, known in ((runs, found), (trains, learned)):
-            for each in known:
-                if each.support is software.Support.RUNS:
-                    listed[each.name] = (*listed.get(each.name, ()), routing)
-                helps = helps or each.support in software.UNTIED
+    properties = frozenset(name for name, holds in applies.items() if holds)
+    traits = {r: software.Traits(r, properties, attention) for r in row.routings}
+    runs = {r: software.engines(row.title, each) for r, each in traits.items()}
+    trains = {r: software.trainers(row, each) for r, each in traits.items()}
+    others = _others(runs)
+    if is_general and row.ships_code:  # these were tried with some families
+        others = tuple(e for e in others if e.support is not software.Support.NOT_TRIED)
     balanced = "nothing"
     if row.in_memory.correction_bias is not None:
         balanced += ": no tested trainer updates the correction bias"
@@ -184,13 +202,39 @@ def _facts(
         name=name,
         routings=row.routings,
         layers=row.layers.scope,
-        engines=runs,
-        trainers=trains,
+        attention=attention,
+        engines=_able(runs),
+        other_engines=others,
+        trainers=_able(trains),
+        other_trainers=_others(trains),
         balanced=balanced,
         shared_experts="none" if row.shared is None else row.shared.possible_widths,
         scaled_by=("weights",) if scale is None else (scale, "weights"),
-        untying_helps=helps,
+        untying_helps=any(
+            each.support in software.UNTIED
+            for found in (*runs.values(), *trains.values())
+            for each in found
+        ),
     )
+
+
+_Found = Mapping[Routing, Sequence[software.Engine]]
+
+
+def _able(found: _Found) -> dict[str, tuple[Routing, ...]]:
+    """Return the software that runs a target, with the routings."""
+    able: dict[str, tuple[Routing, ...]] = {}
+    for routing, every in found.items():
+        for each in every:
+            if each.support is software.Support.RUNS:
+                able[each.name] = (*able.get(each.name, ()), routing)
+    return able
+
+
+def _others(found: _Found) -> tuple[software.Engine, ...]:
+    """Return the software that does not run a target, as the first routing has it."""
+    able, (first, *_) = _able(found), found.values()
+    return tuple(each for each in first if each.name not in able)
 
 
 def target_rows(targets: Iterable[TargetFacts]) -> Iterator[Row]:
@@ -203,9 +247,16 @@ def _lines(target: TargetFacts) -> Iterator[str]:
     yield f"routing {any_of(target.routings)}; scale factor in {any_of(target.scaled_by)}"
     shared = f"shared experts: {target.shared_experts}; balanced by {target.balanced}"
     yield f"MoE layers: {target.layers}; {shared}"
-    for label, known in (("runs", target.engines), ("trains", target.trainers)):
+    for label, known, others in (
+        ("runs", target.engines, target.other_engines),
+        ("trains", target.trainers, target.other_trainers),
+    ):
         every = len(target.routings)
         names = (n if len(of) == every else f"{n} ({', '.join(of)})" for n, of in known.items())
-        some = label == "runs" and target.name == SHIPPED and len(known) == 1
-        more = "; other engines run it only with some dense models" * some
-        yield f"{label} in {', '.join(names)}{more}"
+        tried = not any(each.support is software.Support.NOT_TRIED for each in others)
+        some = label == "runs" and target.name == SHIPPED and len(known) == 1 and tried
+        more = ["other engines run it only with some dense models"] * some
+        able = f"{label} in {', '.join(names) or 'none yet'}"
+        yield "; ".join([able, *software.support_lines(others), *more])
+    yield from target.advice
+    yield f"attention: {target.attention}"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.core.display import Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
-from upcycle_cli.models.engines import Support, support_lines
+from upcycle_cli.models.engines import SILENTLY_WRONG, instead, support_lines
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.plan.expressions import Expr, source_names, type_of
 from upcycle_cli.plan.merge import Merge, NonExpertWeights
@@ -23,11 +23,6 @@ _LEAST_NOISE = {"BF16": 1e-3, "F16": 1e-4}
 _NOTABLE_SHARE = 1e-3
 """In every tensor a smaller share of the weights is so tiny that losing it does not matter."""
 
-SILENTLY_WRONG = {
-    *(Support.UNTIED_OR_WRONG, Support.BALANCED_OR_WRONG, Support.PER_EXPERT_OR_WRONG),
-    *(Support.WRONG, Support.WRONG_ON_CPU, Support.CHANGES),
-}
-"""What an engine does without an error."""
 _ORDERS: Mapping[str, str] = {
     NeuronOrder.SHUFFLED: "shuffled in each virtual group but the first, exact",
     NeuronOrder.CLUSTERED: "clustered by common activity, alike in each virtual group, exact",
@@ -157,10 +152,23 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield from training_warnings(plan)
         yield from _storage_warnings(plan)
         yield from _source_warnings(plan)
-    for engine in plan.engines:
-        if engine.support in SILENTLY_WRONG:
-            yield f"{engine.name} with {plan.target.title} and {plan.routing}: {engine.support}."
+    yield from _wrong_software(plan)
     yield from plan.card_metadata.notes
+
+
+def _wrong_software(plan: Plan) -> Iterator[str]:
+    """Yield which software computes something else, with a target of the model that it runs."""
+    wrong = [e for e in (*plan.engines, *plan.trainers) if e.support in SILENTLY_WRONG]
+    for each in wrong:
+        where = plan.target.title if each.cause else f"{plan.target.title} and {plan.routing}"
+        words = f"{each.name} with {where}: {each.words}."
+        if plan.growing is None:
+            from upcycle_cli.models.overview import becomes, target_that_runs
+
+            facts = becomes(plan.source.config, plan.source.tensors)
+            other = target_that_runs(each, facts, plan.family.choice)
+            words += "" if other is None else f" {instead(other)}"
+        yield words
 
 
 def training_warnings(plan: Plan) -> Iterator[str]:

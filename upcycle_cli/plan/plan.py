@@ -18,7 +18,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, model_of, open
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
 from upcycle_cli.core.display import Compact
-from upcycle_cli.models.engines import Engine, engines_of
+from upcycle_cli.models.engines import Engine, Trainer, Traits, engines, trainers, traits_of
 from upcycle_cli.models.lookup import Family
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.shipped import CODE_NAME, modeling_code
@@ -280,9 +280,9 @@ class Plan(Compact):
         return self.rounded_to is None and not (self.growing is None and self.recipe.perturbed)
 
     @property
-    def engines(self) -> tuple[Engine, ...]:
-        """What is known of each inference engine and this output."""
-        return engines_of(
+    def traits(self) -> Traits:
+        """What this output has that software may not support."""
+        return traits_of(
             self.target,
             self.config,
             self.routing,
@@ -290,6 +290,16 @@ class Plan(Compact):
             layers=self.layers,
             shared=self.shares,
         )
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """What is known of each inference engine and this output."""
+        return engines(self.target.title, self.traits)
+
+    @property
+    def trainers(self) -> tuple[Trainer, ...]:
+        """What is known of each trainer and this output."""
+        return trainers(self.target, self.traits, num_experts=self.num_experts)
 
     @cached_property
     def digest(self) -> str:

@@ -17,13 +17,12 @@ from upcycle_cli.checkpoint.card_metadata import is_edited, sealed, unsealed
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import REPORT_NAME
 from upcycle_cli.core.text import any_of, printable, shell_line
-from upcycle_cli.models.engines import Support, trainers
+from upcycle_cli.models.engines import Support
 from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.models.wrappers import text_config_of
 from upcycle_cli.plan.facts import facts, training_warnings
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.plan.texts import CalibrationText
-from upcycle_cli.recipe.recipe import ExpertLayout, Promise
+from upcycle_cli.recipe.recipe import Promise
 
 if TYPE_CHECKING:
     from upcycle_cli.verification.result import Report
@@ -202,19 +201,11 @@ def _results(report: Report | None) -> str:
 
 def _trainers(plan: Plan) -> str:
     """Return a list of the trainers that were tested with the architecture, and their settings."""
-    config = text_config_of(plan.config)
-    found = trainers(
-        plan.target,
-        plan.routing,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        fused=plan.expert_layout is ExpertLayout.FUSED,
-        num_experts=plan.num_experts,
-    )
     lines = [
         f"{trainer.name}: {trainer.settings}. Master weights: {trainer.precision}."
         if trainer.support is Support.RUNS
-        else f"{trainer.name}: {trainer.support}"
-        for trainer in found
+        else f"{trainer.name}: {trainer.words}"
+        for trainer in plan.trainers
     ]
     return "\n".join(f"- {line}" for line in lines or ["none was tested"])
 

@@ -43,6 +43,9 @@ NOT_OF_THE_MODEL = {
     ("solar_open", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
     ("gemma4 around gemma4_text", "llama.cpp"): "its converter wants the type's own tokenizer",
+    ("ernie4_5_moe", "NeMo AutoModel"): "it wants a tied head, which this tiny model has not",
+    ("deepseek_v3", "NeMo AutoModel"): "its own class wants CUDA",
+    ("nemotron_h", "NeMo AutoModel"): "its own class wants mamba_ssm, which is built for CUDA",
 }
 """Failures of this set-up that other machines or models may not have: upcycle lists none."""
 ON_CPU = {

@@ -39,26 +39,16 @@ def judge(found: Output, expected: Output, *, approximate: bool = False) -> Cell
 
 
 def contradiction(
-    case: Case,
-    software: str,
-    cell: Cell,
-    said: Iterable[Engine | Trainer],
-    *,
-    lists_all: bool = False,
+    case: Case, software: str, cell: Cell, said: Iterable[Engine | Trainer]
 ) -> str | None:
-    """Return how what was found contradicts what upcycle says, or that a control went unnoticed.
-
-    With `lists_all` it says of each software that it does not list that it does not run.
-    """
+    """Return how what was found contradicts what upcycle says, or that a control went unnoticed."""
     where = f"{software}, {case.name}"
-    if cell.verdict == NOT_TRIED:
-        return None
     if case.control:
         # An engine that cannot load it, or is known to be wrong, proves nothing.
         return f"{where}: not told from the dense model" if cell.verdict == SAME else None
     listed = {each.name: each.support for each in said}
     support = listed.get(software, listed.get(software.rstrip(" 45")))  # any transformers
-    if (support is Support.RUNS) == (cell.verdict == SAME) or not (support or lists_all):
+    if support in (None, Support.NOT_TRIED) or (support is Support.RUNS) == (cell.verdict == SAME):
         return None
     return f"{where}: upcycle says '{support}', found: {cell.verdict} {cell.detail}"
 
