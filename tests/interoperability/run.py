@@ -20,21 +20,22 @@ for the run and takes PyTorch from the one that runs this.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 from interop.conversions import PLAIN, QUICK, Case, case_of, cases
-from interop.models import REWRITTEN, convert, make_dense
-from interop.results import Cell, contradiction, judge
+from interop.models import ROW_TOKENS, convert, make_dense
+from interop.results import NOT_TRIED, Cell, contradiction, judge
 from interop.software import SOFTWARE, Session, Software, Worker
 from interop.wrapped import WRAPPED, draw_picture
 from smollm2 import dense_and_scratch
@@ -44,7 +45,7 @@ from upcycle_cli.models.engines import FAILS, SAME
 from upcycle_cli.plan.texts import builtin_texts
 from upcycle_cli.verification.engine_outputs import Output
 
-TOKENS, ROW_TOKENS, SHORT_TOKENS = 16, 96, 12
+TOKENS, SHORT_TOKENS = 16, 12
 NOTHING_WRONG: Output = {"texts": [[]], "margins": [[]], "logprobs": None}
 
 
@@ -68,24 +69,33 @@ class Engines(Session):
     """Converts, runs, and keeps what was found."""
 
     def __init__(
-        self, scratch: Path, smollm2: Path, software: Sequence[Software], *, quick: bool
+        self,
+        scratch: Path,
+        smollm2: Path,
+        software: Sequence[Software],
+        *,
+        quick: bool,
+        write: bool,
+        missing: bool,
     ) -> None:
-        super().__init__(scratch, software, quick=quick)
-        self.smollm2 = smollm2
-        self.rows_of_tokens = make_rows(smollm2)
-        self.tried = tuple(self.workers)
+        super().__init__(scratch, software, quick=quick, write=write, missing=missing)
+        self.smollm2, self.rows_of_tokens = smollm2, make_rows(smollm2)
         # The others are compared with transformers 5 first, since it runs everything.
         (self.transformers,) = (each for each in SOFTWARE if each.name == "transformers 5")
         if self.transformers not in self.workers:
             python = Path(sys.executable)
             self.workers[self.transformers] = Worker(self.transformers, python, scratch)
         self.references: dict[tuple[str, str], Output | Cell] = {}
+        self.locks: dict[tuple[str, str], Lock] = {}
         # The first is beside the oldest transformers that upcycle supports.
         self.python = next(iter(self.workers.values())).python if quick else Path(sys.executable)
 
     def convert_and_try(self, case: Case) -> None:
         """Fill one row of the table."""
-        dense = make_dense(case.dense, self.scratch, self.smollm2)
+        trying = self.trying(case)
+        if not trying:
+            return
+        dense = self._dense(case.dense)
         with tempfile.TemporaryDirectory(dir=self.scratch) as name:
             moe = Path(name) / "moe"
             try:
@@ -94,27 +104,33 @@ class Engines(Session):
                 self.contradictions.append(f"{case.name}: upcycle convert: {error}")
                 return
             said = inspect(moe).engines
-            self._reference(self.transformers, case.dense)
-            trying = [each for each in self.tried if each.tries(case)]
+
+            def tried(software: Software) -> None:
+                cell = self._try(software, case, moe)
+                found = contradiction(case, software.name, cell, said)
+                self.note(case, software.name, cell, found)
+
             # Each has a process of its own.
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                cells = pool.map(lambda each: self._try(each, case, moe), trying)
-                for each, cell in zip(trying, cells, strict=True):
-                    self.note(case, each.name, cell, contradiction(case, each.name, cell, said))
+            with ThreadPoolExecutor(len(trying)) as pool:
+                list(pool.map(tried, trying))
+
+    def _dense(self, name: str) -> Path:
+        with self.alone:
+            return make_dense(name, self.scratch, self.smollm2)
 
     def _try(self, software: Software, case: Case, moe: Path) -> Cell:
         found = self._output(software, case.dense, moe)
         if isinstance(found, Cell):
             return found
         cell = Cell(FAILS, "the dense model does not run to compare it with")
-        for reference in self._references(software, case.dense):
+        for index, reference in enumerate(self._references(software, case.dense)):
             if isinstance(reference, Cell):
+                cell = reference if reference.verdict == NOT_TRIED else cell
                 continue
-            cell = judge(
-                found, without_picture(reference, found), approximate=case.routing == PLAIN
-            )
+            before, approximate = cell, case.routing == PLAIN
+            cell = judge(found, without_picture(reference, found), approximate=approximate)
             if cell.verdict == SAME:
-                break
+                return Cell(SAME, f"as its own dense model: {before.detail}" if index else "")
         return cell
 
     def _references(self, software: Software, dense: str) -> Iterator[Output | Cell]:
@@ -127,22 +143,20 @@ class Engines(Session):
         yield self._reference(software, dense)
 
     def _reference(self, software: Software, dense: str) -> Output | Cell:
-        same_as_llama = "llama" if dense in REWRITTEN else dense
-        key = (software.name, same_as_llama)
-        if key not in self.references:
-            path = make_dense(same_as_llama, self.scratch, self.smollm2)
-            self.references[key] = self._output(software, same_as_llama, path)
-        return self.references[key]
+        key = (software.name, dense)
+        with self.locks.setdefault(key, Lock()):
+            if key not in self.references:
+                self.references[key] = self._output(software, dense, self._dense(dense))
+            return self.references[key]
 
     def _output(self, software: Software, dense: str, model: Path) -> Output | Cell:
         """Return what a software makes of a model that is that dense one, or made of it."""
-        picture = None
+        job: dict[str, Any] = {"model": str(model), "rows": self.rows_of_tokens, "tokens": TOKENS}
+        job |= {"dtype": "float32", "trust": True, "picture": None}
         if dense in WRAPPED and software.sees:
             file = draw_picture(self.scratch / "picture.png")
             text = f"Here is {WRAPPED[dense].asked} a picture of"
-            picture = {"file": str(file), "text": text, "ids": tokens_of(model, text)}
-        job = {"model": str(model), "rows": self.rows_of_tokens, "tokens": TOKENS}
-        job |= {"dtype": "float32", "picture": picture, "trust": True}
+            job["picture"] = {"file": str(file), "text": text, "ids": tokens_of(model, text)}
         output: Output | Cell = self.workers[software].ask(job)
         return output
 
@@ -159,6 +173,7 @@ def main(
     *,
     quick: bool = False,
     write: bool = False,
+    missing: bool = False,
     software: list[str] | None = None,
     only: list[str] | None = None,
 ) -> None:
@@ -166,11 +181,10 @@ def main(
     wanted = software or [each.name for each in SOFTWARE]
     with dense_and_scratch() as (smollm2, scratch):
         chosen = SOFTWARE[:2] if quick else [each for each in SOFTWARE if each.name in wanted]
-        run = Engines(scratch, smollm2, chosen, quick=quick)
-        run.write = write
-        for case in map(case_of, QUICK) if quick else cases():
-            if not only or any(words in case.name for words in only):
-                run.convert_and_try(case)
+        run = Engines(scratch, smollm2, chosen, quick=quick, write=write, missing=missing)
+        trying = map(case_of, QUICK) if quick else cases()
+        asked = [c for c in trying if not only or any(words in c.name for words in only)]
+        run.try_all(asked, run.convert_and_try)
         code = run.report("engines")
     sys.exit(code or bool(run.not_installed))
 

@@ -1,6 +1,7 @@
 """Which trainers train what upcycle writes from the dense model's loss, and save it unchanged.
 
-    python tests/interoperability/trainers.py [--software NAME] [--only TEXT] [--write]
+    python tests/interoperability/trainers.py [--software NAME] [--only WORDS] [--missing]
+        [--write]
 
 converts tiny models of several dense types, hands each to each trainer on the CPU, in float32, and
 prints Markdown: whether the first step has the dense model's loss on the same batch, and whether
@@ -9,17 +10,16 @@ loss, which correction bias a step moves, and what adapters reach. Conversions w
 are wrong on purpose. Each trainer is installed into a virtual environment of its own under
 ~/.cache/upcycle-interoperability on first use.
 
-`--write` puts the results into results.json. The exit code is 1 when something contradicts what
-`upcycle inspect` says.
+`--write` puts each result into results.json at once; `--missing` leaves out what is there. The exit
+code is 1 when something contradicts what `upcycle inspect` says.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 from interop import trained
-from interop.models import convert
+from interop.conversions import cases
+from interop.models import ROW_TOKENS, convert
 from interop.results import Cell, contradiction
 from interop.software import Session, Software
 
@@ -37,31 +38,44 @@ from upcycle_cli import inspect
 if TYPE_CHECKING:
     from interop.conversions import Case
 
-ROWS, TOKENS, SEED = 4, 64, 0
+ROWS, SEED = 4, 0
 
 
-def try_all(run: Session, case: Case) -> Iterator[tuple[Software, dict[str, Any]]]:
-    """Fill one row of the table; yield the answer of each trainer."""
-    dense = trained.make_dense(case.dense, run.scratch)
-    with tempfile.TemporaryDirectory(dir=run.scratch) as folder:
-        moe = Path(folder) / "moe"
-        convert(dense, moe, case)
-        rows = random_rows()
-        wanted, said = dense_loss(dense, rows), inspect(moe).trainers
-        for software, worker in run.workers.items():
-            if not software.tries(case):
-                continue
-            cell = answer = worker.ask({"model": str(moe), "rows": rows})
-            if not isinstance(answer, Cell):
-                cell = trained.judge(answer, wanted, case)
-                yield software, answer
-            saved = moe.with_name("saved")
-            if saved.exists() and has_moved(saved, dense):
-                found = "by upcycle inspect the experts have moved, in a step of no size"
-                run.contradictions.append(f"{software.name}: {found}")
-            shutil.rmtree(saved, ignore_errors=True)
-            found = contradiction(case, software.name, cell, said)
-            run.note(case, software.name, cell, found)
+class Trainers(Session):
+    """Converts, trains, and keeps what was found."""
+
+    answers: dict[Case, dict[str, dict[str, Any]]]
+    """What each trainer measured besides."""
+
+    def convert_and_try(self, case: Case) -> None:
+        """Fill one row of the table."""
+        trying = self.trying(case)
+        if not trying:
+            return
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder, ThreadPoolExecutor() as pool:
+            with self.alone:
+                dense, rows = trained.make_dense(case.dense, Path(folder)), random_rows()
+                wanted = dense_loss(dense, rows)
+            moe = Path(folder) / "moe"
+            convert(dense, moe, case)
+            said = inspect(moe).trainers
+
+            def tried(software: Software) -> None:
+                linked = Path(folder) / software.name.replace(" ", "-") / "moe"
+                linked.parent.mkdir()
+                linked.symlink_to(moe)
+                cell = answer = self.workers[software].ask({"model": str(linked), "rows": rows})
+                if not isinstance(answer, Cell):
+                    cell = trained.judge(answer, wanted, case)
+                    self.answers.setdefault(case, {})[software.name] = answer
+                saved = linked.with_name("saved")
+                if saved.exists() and has_moved(saved, dense):
+                    found = "by upcycle inspect the experts have moved, in a step of no size"
+                    self.contradictions.append(f"{software.name}: {found}")
+                found = contradiction(case, software.name, cell, said)
+                self.note(case, software.name, cell, found)
+
+            list(pool.map(tried, trying))
 
 
 def has_moved(saved: Path, dense: Path) -> bool:
@@ -75,7 +89,7 @@ def random_rows() -> list[list[int]]:
     """Return a batch of random token ids, without those of pictures."""
     import torch
 
-    generator, shape = torch.Generator().manual_seed(SEED), (ROWS, TOKENS)
+    generator, shape = torch.Generator().manual_seed(SEED), (ROWS, ROW_TOKENS)
     rows: list[list[int]] = torch.randint(trained.VOCABULARY, shape, generator=generator).tolist()
     return rows
 
@@ -93,19 +107,25 @@ def dense_loss(dense: Path, rows: list[list[int]]) -> float:
         return float(model(ids, labels=ids).loss)
 
 
-def main(software: list[str] | None = None, only: str = "", *, write: bool = False) -> None:
+def main(
+    *,
+    software: list[str] | None = None,
+    only: list[str] | None = None,
+    write: bool = False,
+    missing: bool = False,
+) -> None:
     """Run everything, print the tables, and exit with 1 on a contradiction."""
     wanted = software or [each.name for each in trained.TRAINERS]
     with tempfile.TemporaryDirectory(prefix="upcycle-trainers-") as name:
-        run = Session(Path(name), [each for each in trained.TRAINERS if each.name in wanted])
-        run.write = write
+        chosen = [each for each in trained.TRAINERS if each.name in wanted]
+        run = Trainers(Path(name), chosen, write=write, missing=missing)
+        run.answers = {}
         run.not_installed |= trained.STOPPED
-        answers = {
-            case: {trainer.name: answer for trainer, answer in try_all(run, case)}
-            for case in trained.training_cases()
-            if only in case.name
-        }
-        sys.exit(run.report("trainers", *trained.measured_tables(answers)))
+        trying = cases(trainers=True)
+        asked = [c for c in trying if not only or any(words in c.name for words in only)]
+        run.try_all(asked, run.convert_and_try)
+        in_order = {case: run.answers[case] for case in trying if case in run.answers}
+        sys.exit(run.report("trainers", *trained.measured_tables(in_order)))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from functools import cache
 from typing import Any
 
 from interop.conversions import UPCYCLED, Case, documented, has_scale, is_fused
-from interop.models import RANDOM, REWRITTEN
+from interop.models import settings_of
 from interop.results import cell_of
-from interop.trained import RANDOM as RANDOM_TRAINED
 from interop.wrapped import WRAPPED
 from upcycle_cli.models import engines as known
 from upcycle_cli.models.attention import PLAIN, attention_class
@@ -21,17 +20,6 @@ from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import WRAPPERS
 
 UNTIED = "--untie-embeddings"
-SMOLLM2: Mapping[str, Any] = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "head_dim": 64,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 30,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-"""What the config of the real llama says."""
 Measured = dict[str, dict[str, dict[str, str]]]
 """By target, software, and what a model has: its routing, fused experts, its attention, …"""
 
@@ -72,7 +60,7 @@ class Row:
     @property
     def parts(self) -> tuple[str, ...]:
         """What the conversion has that a software may not support; its routing comes first."""
-        return parts_of(self.case, trained=self.software in known.TRAINERS)
+        return parts_of(self.case)
 
 
 def all_rows() -> list[Row]:
@@ -133,31 +121,26 @@ def _said(target: str, software: str, parts: Mapping[str, str]) -> dict[str, str
 def target_of(case: Case) -> str:
     """Return what comes out, as upcycle calls it."""
     if case.target == UPCYCLED:
-        return f"{UPCYCLED_PREFIX}{case.wrapper or case.dense}"
+        return f"{UPCYCLED_PREFIX}{case.dense_type}"
     if not case.wrapper:
         return case.target
     return f"{WRAPPERS[case.wrapper].natives[case.target][0]} around {case.target}"
 
 
-def dense_config(dense: str, *, trained: bool = False) -> dict[str, Any]:
-    """Return what the config of a dense model says, in engines or for trainers, without tokens."""
+def dense_config(dense: str) -> dict[str, Any]:
+    """Return what the config of a dense model says, without its tokens."""
     model_type, *_ = dense.split(maxsplit=1)
     if dense in WRAPPED:
         row = WRAPPED[dense]
         inner = {"text_config": dict(row.text), "vision_config": dict(row.sees)}
         return {"model_type": model_type, **row.around, **inner}
-    tiny = RANDOM_TRAINED if trained else RANDOM
-    if dense in tiny:
-        return {"model_type": model_type, **tiny[dense]}
-    settings = dict(REWRITTEN.get(dense, {}))
-    rope = {"rope_type": "default", "rope_theta": 100000.0, **settings.pop("rope", {})}
-    return {"model_type": model_type, **SMOLLM2, **settings, "rope_parameters": rope}
+    return {"model_type": model_type, **settings_of(dense)}
 
 
 @cache
-def parts_of(case: Case, *, trained: bool = False) -> tuple[str, ...]:
+def parts_of(case: Case) -> tuple[str, ...]:
     """Return what a conversion has that software may not support, from routing to attention."""
-    config = dense_config(case.dense, trained=trained)
+    config = dense_config(case.dense)
     family = choose(config, case.target, None)
     tied = family.dense.values.get("tie_word_embeddings") and UNTIED not in case.options
     options = {"--expert-layout fused": known.FUSED, "--layers 1": known.SOME_LAYERS}

@@ -10,24 +10,30 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from sysconfig import get_path
+from threading import Lock
 from typing import Any
 
 from markdown_table import header, row
 from packaging.requirements import Requirement
 
-from interop.conversions import UPCYCLED, Case, first_of_each
+from interop.conversions import UPCYCLED, Case, documented, first_of_each, results
 from interop.recorded import record
-from interop.results import Cell, table
+from interop.results import NOT_TRIED, Cell, table
 from upcycle_cli.models.engines import FAILS
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 LIMIT_S = 900
+AT_A_TIME = 3
+"""Conversions; each software runs one model at a time, and the slowest should never wait."""
+OURS = ("no answer", "exit code -9")
+"""How errors begin that are this machine's fault."""
 CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upcycle-interoperability"
 )
@@ -187,62 +193,82 @@ class Worker:
     """A process of a software that answers for one model after another."""
 
     def __init__(self, software: Software, python: Path, scratch: Path) -> None:
-        self.python = python
+        self.software, self.python, self.scratch = software, python, scratch
         converters = python.parents[1].glob("lib/*/site-packages/**/convert_hf_to_gguf.py")
         self._llama_cpp = next((str(script.parent) for script in converters), None)
+        self._alone = Lock()
+        self._start()
+
+    def _start(self) -> None:
+        software = self.software
         environment = {**os.environ, **software.environment, "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
-        self._log = (scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
+        self._log = (self.scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
         self._process = subprocess.Popen(
             [
-                str(python),
+                str(self.python),
                 str(SCRIPTS / ("worker.py" if software.engine else software.script)),
                 software.engine or software.name,
             ],
             env=environment,
-            cwd=scratch,
+            cwd=self.scratch,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def ask(self, job: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the script answers
         """Return what the script makes of a job; a failure is a cell."""
-        answer = ""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         job = {**job, "limit_s": LIMIT_S, "llama_cpp": self._llama_cpp}
-        with suppress(BrokenPipeError):
-            self._stdin.write(json.dumps(job) + "\n")
-            self._stdin.flush()
-            answer = self._stdout.readline()
-        if not answer:
-            self._log.seek(0)
-            return Cell(FAILS, f"it cannot be imported: {self._log.read()[-200:].strip()}")
+        with self._alone:
+            answer = ""
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps(job) + "\n")
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+            if not answer:
+                self._log.seek(0)
+                said = self._log.read()[-200:].strip()
+                self.close()
+                self._start()
+                return Cell(NOT_TRIED, f"its process ended: {said}")
         found = json.loads(answer)
-        return Cell(FAILS, found["error"]) if "error" in found else found["output"]
+        if "error" not in found:
+            return found["output"]
+        ours = found.get("imported") is False or found["error"].startswith(OURS)
+        return Cell(NOT_TRIED if ours else FAILS, found["error"])
 
     def close(self) -> None:
         """End the process."""
         with suppress(BrokenPipeError):
-            self._stdin.close()
-        self._process.wait()
+            self._process.communicate()
         self._log.close()
 
 
 class Session:
     """The software that could be installed, and what each made of each conversion."""
 
-    def __init__(self, scratch: Path, software: Sequence[Software], *, quick: bool = False) -> None:
-        self.scratch = scratch
+    def __init__(
+        self,
+        scratch: Path,
+        software: Sequence[Software],
+        *,
+        quick: bool = False,
+        write: bool = False,
+        missing: bool = False,
+    ) -> None:
+        self.scratch, self.write, self.missing = scratch, write, missing
         self.workers: dict[Software, Worker] = {}
         self.versions: dict[str, str] = {}
         self.not_installed: dict[str, str] = {}
         self.rows: dict[Case, dict[str, Cell]] = {}
         self.contradictions: list[str] = []
-        self.write = False
+        self._noting = Lock()
+        self.alone = Lock()
+        """For transformers in this process, where two threads cannot load models."""
         for each in software:
             print(f"{each.name}: {' '.join(each.packages)}", file=sys.stderr)
             try:
@@ -252,14 +278,40 @@ class Session:
             else:
                 self.workers[each] = Worker(each, python, scratch)
                 self.versions[each.name] = f"{each.package} {version(python, each.package)}"
+        self.tried = tuple(self.workers)
+
+    def try_all(self, cases: Iterable[Case], try_one: Callable[[Case], None]) -> None:
+        """Try conversions, some at a time: each software has a process of its own."""
+
+        def tried(case: Case) -> None:
+            try:
+                try_one(case)
+            except Exception as error:  # noqa: BLE001 - the others are to be tried nevertheless
+                self.contradictions.append(f"{case.name}: {error!r}")
+                print(self.contradictions[-1], file=sys.stderr)
+
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            list(pool.map(tried, cases))
+
+    def trying(self, case: Case) -> list[Software]:
+        """Return who has to run a conversion; if only `missing`, not who has in this version."""
+        found = documented().get(case, {}) if self.missing else {}
+        versions = {name: each["version"] for name, each in results()["software"].items()}
+        return [
+            each
+            for each in self.tried
+            if each.tries(case)
+            and not (each.name in found and versions[each.name] == self.versions[each.name])
+        ]
 
     def note(self, case: Case, software: str, cell: Cell, contradiction: str | None) -> None:
         """Fill a cell of the table."""
-        self.rows.setdefault(case, {})[software] = cell
-        if self.write:
-            record({case: {software: cell}}, self.versions)
         print(f"{software}, {case.name}: {cell.verdict} {cell.detail}", file=sys.stderr)
-        self.contradictions += [contradiction] if contradiction else []
+        with self._noting:
+            self.rows.setdefault(case, {})[software] = cell
+            self.contradictions += [contradiction] if contradiction else []
+            if self.write and cell.verdict != NOT_TRIED:
+                record({case: {software: cell}}, {software: self.versions[software]})
 
     def report(self, subject: str, *more: str) -> int:
         """Print all that was found, as Markdown, with `more` below the table; end the processes.

@@ -8,25 +8,14 @@ from typing import Any
 
 from markdown_table import header, row
 
-from interop.conversions import PLAIN, Case, cases
-from interop.models import RANDOM as SIZES
-from interop.models import TINY, make_model
+from interop.conversions import PLAIN, Case
+from interop.models import file_name, make_model, write_as_released
 from interop.results import NOT_TRIED, Cell
 from interop.software import Software
 from interop.wrapped import WRAPPED, make_wrapped
 from upcycle_cli.models.engines import DIFFERS, SAME
 
 TOLERANCE, APPROXIMATE = 1e-4, 1e-3  # of a loss in float32; of softmax-topk
-_TIED: Mapping[str, Any] = {**TINY, "tie_word_embeddings": True}
-RANDOM: Mapping[str, Mapping[str, Any]] = {
-    **SIZES,
-    **dict.fromkeys(("qwen2", "granite", "ernie4_5", "hunyuan_v1_dense"), TINY),
-    "lfm2": {**SIZES["lfm2"], "tie_word_embeddings": False},
-    "cohere2 (tied)": SIZES["cohere2"],
-    "llama (tied)": _TIED,
-    "qwen3 (tied)": _TIED,
-}
-"""Tiny models by name, which begins with the type."""
 VOCABULARY = 1024
 TOKENS: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -65,18 +54,13 @@ STOPPED: Mapping[str, str] = {
 """What could not be run without a GPU, and what stopped it."""
 
 
-def training_cases() -> list[Case]:
-    """Return each architecture with its routings, other layouts, and what must be told apart."""
-    return cases(trainers=True)
-
-
 def make_dense(name: str, directory: Path) -> Path:
     """Return a dense checkpoint without a tokenizer, made when it is not there yet."""
-    path = directory / name.replace(" ", "-")
+    path = directory / file_name(name)
     if not path.exists():
-        wraps = name in WRAPPED
-        model = make_wrapped(name, TOKENS) if wraps else make_model(name, TOKENS, RANDOM[name])
-        model.save_pretrained(path)
+        make = make_wrapped if name in WRAPPED else make_model
+        make(name, TOKENS).save_pretrained(path)
+        write_as_released(path, name)
     return path
 
 

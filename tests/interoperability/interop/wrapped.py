@@ -73,7 +73,7 @@ LINEAR: Mapping[str, Any] = {
 """What a tiny text model of Qwen3.5 needs said."""
 GEMMA4: Mapping[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 256,
+    "sliding_window": 32,
     "global_head_dim": 64,
     "hidden_size_per_layer_input": 0,  # as all of its own mixtures
 }
@@ -189,7 +189,7 @@ WRAPPED: Mapping[str, Wrapped] = {
             **_TINY,
             "model_type": "gemma3_text",
             "layer_types": ["sliding_attention", "full_attention"],
-            "sliding_window": 256,
+            "sliding_window": 32,
             "query_pre_attn_scalar": 32,
         },
         sees={**_SEES, "model_type": "siglip_vision_model", "vision_use_head": False},
