@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-from upcycle_cli.core.display import Result, Row
+from upcycle_cli.core.display import Compact, Result, Row
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.text import any_of, did_you_mean
 from upcycle_cli.models import engines as software
@@ -22,8 +22,8 @@ from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetFacts:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TargetFacts(Compact):
     """The properties of a target, in general or for one model."""
 
     name: str

@@ -69,7 +69,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         verify_command=shell_line(verify_command(plan, location)),
         location=json.dumps(location),
         parallel=any_of([n for n in range(1, plan.num_experts + 1) if plan.num_experts % n == 0]),
-        engines="\n".join(f"| {engine.name} | {engine.support} |" for engine in plan.engines),
+        engines="\n".join(f"| {engine.name} | {engine.words} |" for engine in plan.engines),
         serving=_serving(plan, location),
     )
     return sealed(text.strip())
