@@ -10,7 +10,7 @@ from upcycle_cli.models.dense import DenseModel, read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.lookup import choose, dense_family
 from upcycle_cli.models.moe_config import moe_config
-from upcycle_cli.recipe.recipe import Recipe
+from upcycle_cli.recipe.recipe import SHIPPED, Recipe
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -24,6 +24,10 @@ SIZES = {
 }
 
 
+NATIVE_PAIRS = [(name, t) for name, row in DENSE.items() for t in row.targets if t != SHIPPED]
+"""Each dense type with each of its targets that is a class of transformers."""
+
+
 def transformers_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - transformers is untyped
     from transformers import CONFIG_MAPPING
 
@@ -33,7 +37,7 @@ def transformers_config(config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - tra
 
 def source_of(target: str) -> str:
     """Return a dense model type that can become the target."""
-    return next((name for name, row in DENSE.items() if target in row.targets), "olmo2")
+    return next((name for name, native in NATIVE_PAIRS if native == target), "olmo2")
 
 
 def dense_model(config: Mapping[str, Any]) -> DenseModel:

@@ -149,6 +149,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["conv", "sliding_attention", "full_attention"],
     },
     "minicpm3": _LATENT,
+    "ministral": {**TINY, "head_dim": 8, "layer_types": ["full_attention"] * 2},
     "modernbert-decoder": {**TINY, "cls_token_id": 0, "sep_token_id": 0},
     "qwen3_5_text": {
         **TINY,
@@ -327,7 +328,7 @@ def write_minimal_config(path: Path) -> None:
     hidden_size = minimal.get("hidden_size", defaults["hidden_size"])
     own = (
         *("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral", "glm"),
-        *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "gemma4_text"),
+        *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "gemma4_text", "helium"),
     )
     derives = config["model_type"] not in own
     derived = minimal.get("qk_rope_head_dim", hidden_size // num_heads)
@@ -336,7 +337,8 @@ def write_minimal_config(path: Path) -> None:
     # llama alone takes an absent number of KV heads for the number of heads.
     if minimal.get("num_key_value_heads") == num_heads and config["model_type"] == "llama":
         del minimal["num_key_value_heads"]
-    if set(minimal.get("layer_types", ["full_attention"])) == {"full_attention"}:
+    full = set(minimal.get("layer_types", ["full_attention"])) == {"full_attention"}
+    if full and "sliding_window" not in minimal:
         minimal.pop("layer_types", None)
     write_json(path / "config.json", minimal)
 

@@ -14,10 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from configs import NATIVE_PAIRS as NATIVE_ROWS
 from conftest import SIZES, MakeDense, clone, difference, random_ids, read_json, sizes_of
 from conftest import logits as logits_of
 
-from upcycle_cli import Options, Recipe, build_plan, convert, inspect, open_checkpoint, verify
+from upcycle_cli import (
+    Options,
+    Recipe,
+    UpcycleError,
+    build_plan,
+    convert,
+    inspect,
+    open_checkpoint,
+    verify,
+)
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.moe_rows import NATIVE
@@ -29,7 +39,6 @@ from upcycle_cli.verification.result import Status
 Row = tuple[str, str]
 Logits = Callable[..., torch.Tensor]
 MakeMoe = Callable[..., tuple[Path, Path]]
-NATIVE_ROWS = [(name, target) for name, row in DENSE.items() for target in row.targets]
 SHIPPED_ROWS = [(name, SHIPPED) for name, row in DENSE.items() if row.can_ship_code]
 FEW = TextOptions(tokens=64)
 SINGLE = 1e-5
@@ -83,6 +92,11 @@ KINDS: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("lfm2", SHIPPED, {"block_auto_adjust_ff_dim": False}),
     ("minicpm3", SHIPPED, {"scale_emb": 3, "scale_depth": 1.4}),
     ("ministral3", SHIPPED, {"sliding_window": 8}),
+    ("helium", "glm4_moe", {"attention_bias": True}),
+    ("llama", "granitemoe", {"attention_bias": True, "num_key_value_heads": 1}),
+    ("llama", "granitemoehybrid", {"attention_bias": True}),
+    ("ministral", "mixtral", {"layer_types": ["sliding_attention"] * 2}),
+    ("ministral", "qwen2_moe", {"layer_types": BOTH_KINDS}),
     ("mistral", "mixtral", {"sliding_window": 8}),
     ("mistral", "qwen2_moe", {"sliding_window": 8}),
     ("modernbert-decoder", SHIPPED, {"mlp_bias": True, "attention_bias": True, "norm_bias": True}),
@@ -91,10 +105,12 @@ KINDS: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("phi3", SHIPPED, {"partial_rotary_factor": 0.5}),
     ("phi3", SHIPPED, {"sliding_window": 8}),
     ("phi3", "mixtral", {"sliding_window": 8, "num_key_value_heads": 4}),
+    ("phi3", "ernie4_5_moe", {"head_dim": 16, "num_key_value_heads": 4}),
     ("qwen2", "qwen2_moe", {**SLIDES, "max_window_layers": 1}),
     ("qwen3", "qwen3_moe", {**SLIDES, "max_window_layers": 0}),
     ("qwen3", "dots1", {**SLIDES, "max_window_layers": 0, "attention_bias": True}),
     ("qwen3", "mellum", {"attention_bias": True, "rope_parameters": YARN, **SLIDES}),
+    ("seed_oss", "glm4_moe", {"attention_bias": False}),
     ("smollm3", SHIPPED, {"no_rope_layers": [1, 0]}),
     ("smollm3", SHIPPED, {**SLIDES, "layer_types": BOTH_KINDS}),
     ("stablelm", SHIPPED, {"use_parallel_residual": True}),
@@ -110,6 +126,31 @@ KINDS: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("youtu", "deepseek_v3", {"rope_parameters": YARN}),
 )
 """Other kinds of a type, by their configs: another block, a cap, a multiplier, other positions."""
+ORIGINAL = {"factor": 2.0, "original_max_position_embeddings": 32}
+ROPES: Mapping[str, Mapping[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": ORIGINAL,
+    "llama3": {**ORIGINAL, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
+    "longrope": {**ORIGINAL, "short_factor": [1.1] * 8, "long_factor": [3.0] * 8},
+}
+SCALED = [
+    *((row, kind) for row in NATIVE_ROWS if row[0] == "llama" for kind in ROPES),
+    (("helium", "glm4_moe"), "yarn"),
+    (("phi3", "glm4_moe"), "longrope"),
+    (("phi3", "ernie4_5_moe"), "longrope"),
+]
+SCALED.remove((("llama", "mixtral"), "longrope"))  # refused
+WIDE: Mapping[str, Any] = {
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
+NARROW = {**WIDE, "head_dim": 8}  # the only size that helium has here
+TURNED: Mapping[str, Mapping[str, Any]] = {
+    "helium": NARROW,
+    "phi3": {**NARROW, "original_max_position_embeddings": 32},
+}
 WINDOW_KEYS = {"sliding_window", "window_size", "keep_window_size", "local_attention"}
 
 
@@ -207,6 +248,40 @@ def test_other_kinds_of_a_type(
     assert_passed(dense, moe)
 
 
+@pytest.mark.parametrize(("row", "kind"), SCALED, ids=str)
+def test_scaled_rope_is_that_of_the_dense_model(
+    make_moe: MakeMoe, logits: Logits, row: Row, kind: str
+) -> None:
+    """On both sides of the original length, with head_dim × heads ≠ hidden size.
+
+    Far from the beginning a model alone differs as much between float32 and float64.
+    """
+    config = TURNED.get(row[0], WIDE)
+    if row == ("phi3", "glm4_moe"):
+        config = {**config, "partial_rotary_factor": 0.5}
+    turned = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0)) // 2
+    rope = {name: v[:turned] if isinstance(v, list) else v for name, v in ROPES[kind].items()}
+    usual, _ = make_moe(row, **config)
+    rope |= {"rope_type": kind, "rope_theta": 99.0}
+    dense, moe = make_moe(row, **config, rope_parameters=rope)
+    for length in (24, 96):
+        assert difference(logits(moe, length), logits(dense, length)) < 2 * SINGLE
+    assert difference(logits(usual, 96), logits(dense, 96)) > 1e-3
+
+
+@pytest.mark.parametrize("target", ["glm4_moe", "granitemoehybrid"])
+def test_a_window_that_no_text_exceeds_is_none(
+    make_dense: MakeDense, logits: Logits, tmp_path: Path, target: str
+) -> None:
+    dense = make_dense("mistral", sliding_window=48, max_position_embeddings=48)
+    convert(dense, tmp_path / "moe", Recipe("E2G2T2"), target=target)
+    assert difference(logits(tmp_path / "moe", 48), logits(dense, 48)) < SINGLE
+    assert "sliding_window" not in read_json(tmp_path / "moe" / "config.json")
+    shorter = make_dense("mistral", sliding_window=47, max_position_embeddings=48)
+    with pytest.raises(UpcycleError, match="the target supports none"):
+        convert(shorter, tmp_path / "shorter", Recipe("E2G2T2"), target=target)
+
+
 def test_every_window_is_tried_with_a_longer_text() -> None:
     windowed = {name for name in DENSE if defaults_of(name).keys() & WINDOW_KEYS}
     tried = {name for name, _, config in KINDS if config.keys() & WINDOW_KEYS}
@@ -257,7 +332,14 @@ def test_one_bit_of_any_kind_of_tensor_is_noticed(
             assert passed is (flips == 2), tensor.name
 
 
-@pytest.mark.parametrize("row", [r for r in NATIVE_ROWS if DENSE[r[0]].pieces], ids="-".join)
+MOVED = [
+    (name, target)
+    for name, target in NATIVE_ROWS
+    if DENSE[name].pieces or DENSE[name].interleaved_rope is not NATIVE[target].interleaved_rope
+]
+
+
+@pytest.mark.parametrize("row", MOVED, ids="-".join)
 def test_rows_that_move_are_rounded_and_split_over_files(
     make_dense: MakeDense, tmp_path: Path, row: Row
 ) -> None:

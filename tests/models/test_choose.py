@@ -36,6 +36,7 @@ SIGMOID, SOFTMAX, RENORMALISED = (Routing.SIGMOID_TOPK, Routing.SOFTMAX_TOPK, Ro
         ("phi3", None, "mixtral"),
         ("phi3", SOFTMAX, SHIPPED),
         ("nemotron_h", None, "nemotron_h"),
+        ("helium", None, SHIPPED),
     ],
 )
 def test_auto_takes_the_first_possible_target(
@@ -53,9 +54,13 @@ PHI3 = {"model_type": "phi3", **SIZES}
 NEMOTRON_H = {"model_type": "nemotron_h", **sizes_of("nemotron_h")}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 LONGROPE = {"type": "longrope", "short_factor": [1], "long_factor": [2]}
-ONLY_CODE = "upcycled can: use `target` upcycled."
+CODE = "use `target` upcycled."
+ONLY_CODE = f"upcycled can: {CODE}"
 NONE = "No target can yet."
-LLAMA_TARGETS = "mixtral, qwen2_moe, glm4_moe, solar_open, upcycled."
+LLAMA_TARGETS = "solar_open, upcycled, ernie4_5_moe, granitemoe, granitemoehybrid."
+SEED_OSS = {"model_type": "seed_oss", **SIZES, "attention_out_bias": True}
+AFTER_CODE = f"upcycled or granitemoe or granitemoehybrid can: {CODE}"
+HALF = {"partial_rotary_factor": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -63,20 +68,35 @@ LLAMA_TARGETS = "mixtral, qwen2_moe, glm4_moe, solar_open, upcycled."
     [
         (tiny_config("llama"), "gpt_moe", None, "cannot become 'gpt_moe'", LLAMA_TARGETS),
         (tiny_config("qwen2"), "mixtral", None, "cannot become 'mixtral'.", "Choose from auto"),
+        (
+            tiny_config("llama"),
+            "qwen3_moe",
+            None,
+            "become 'qwen3_moe': it always norm",
+            "from auto",
+        ),
+        (tiny_config("mistral"), "gpt_oss", None, "it clamps the gates of its experts.", "from"),
+        (tiny_config("qwen2"), "deepseek_v3", None, "all its heads share one rotary key", "from"),
+        (tiny_config("qwen3"), "deepseek_v3", None, "cannot become 'deepseek_v3'.", "from"),
+        (SEED_OSS, "glm4_moe", None, "o_proj has a bias, but the target's", ONLY_CODE),
+        (SEED_OSS | {"mlp_bias": True}, "glm4_moe", None, "experts have none", ONLY_CODE),
+        (tiny_config("llama", attention_bias=True), "ernie4_5_moe", None, "o_proj", AFTER_CODE),
+        (tiny_config("mistral", sliding_window=8), "granitemoe", None, "supports none", "mixtral"),
         (tiny_config("llama"), "mixtral", SOFTMAX, "it has no softmax-topk", "`target` qwen2_moe."),
-        (tiny_config("llama", attention_bias=True), "glm4_moe", None, "o_proj has no", ONLY_CODE),
+        (tiny_config("llama", attention_bias=True), "glm4_moe", None, "o_proj has a", AFTER_CODE),
         (tiny_config("llama", mlp_bias=True), "mixtral", None, "experts have none", ONLY_CODE),
         (NEMOTRON_H | {"layers_block_type": ["full_attention"]}, "auto", None, "no layer", NONE),
         (NEMOTRON_H, "auto", RENORMALISED, "it has no topk-softmax routing", NONE),
         (tiny_config("qwen3", **MIXED), "qwen3_moe", None, "only some layers", "`target` dots1."),
         (tiny_config("qwen3", **MIXED), "glm4_moe", None, "supports none", "`target` dots1."),
         *(
-            (PHI3 | settings, "mixtral", None, words, ONLY_CODE)
-            for settings, words in (
-                ({"partial_rotary_factor": 0.5}, "only a part of each head is rotated"),
-                ({"rope_scaling": LONGROPE}, "its rotary embeddings are scaled by longrope"),
+            (PHI3 | settings, "mixtral", None, words, hint)
+            for settings, words, hint in (
+                (HALF, "only a part of each head is rotated", "upcycled or glm4_moe can"),
+                ({"rope_scaling": LONGROPE}, "its rotary embeddings are scaled by longrope", CODE),
             )
         ),
+        (PHI3 | HALF, "ernie4_5_moe", None, "only a part of each head", "upcycled or glm4_moe can"),
     ],
 )
 def test_a_target_that_cannot_express_a_model(

@@ -122,5 +122,7 @@ def test_the_default_target_runs_in_most_engines_and_is_explained(name: str) -> 
         numbers = [sum(each.support is Support.RUNS for each in one) for one in (runs, trains)]
         return numbers[0], native, numbers[1]
 
+    # Targets after shipped code came later, and never are the default.
     targets = targets_of(family)
-    assert counted(targets[0]) == max(map(counted, targets))
+    first = targets[: targets.index(SHIPPED) + 1] if SHIPPED in targets else targets
+    assert counted(targets[0]) == max(map(counted, first))

@@ -28,16 +28,13 @@ Windows = tuple[int | None, ...]
 class Piece:
     """Some rows of a dense tensor, and the target's tensor that holds them.
 
-    Some dense types fuse attention matrices, or rotate adjacent rows of a head instead of its
-    halves. Native targets store these tensors split, or with permuted rows.
+    Some dense types fuse matrices that native targets store separately.
     """
 
     name: str
     """Within the layer."""
     rows: str
     """Their number, as a product of config keys: "num_attention_heads*head_dim"."""
-    halves: bool = False
-    """Whether each head's rotary part is reordered: even rows first, then odd rows."""
 
 
 Pieces = Mapping[str, tuple[Piece, ...]]
@@ -83,12 +80,15 @@ class DenseFamily:
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of tensor names on disk with their in-memory replacement, which shipped code uses."""
     pieces: Pieces = field(default_factory=dict)
-    """Non-expert tensors that native targets store in another form."""
+    """Non-expert tensors that native targets store as several."""
+    interleaved_rope: bool = False
+    """Whether rope rotates rows 2i and 2i + 1 of a head, and not rows i and i + half."""
     mlp_block: str | None = None
     """The kind (layers_block_type) of MLP layers, if MLPs are separate layers."""
     windows: Callable[[defaults.ConfigValues, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
-    """The native targets; the one that most software loads comes first."""
+    """The targets, the default first. Shipped code is the last one unless it is listed: native
+    targets that are newer come after it, so that the default stays what it was."""
     has_obsolete_code: bool = False
     """Whether released models ship code that is now part of transformers."""
     inside: Inside | None = None

@@ -10,6 +10,7 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import ConfigValues
 from upcycle_cli.models.dense import FULL, SLIDING, DenseFamily, Piece, Pieces, Windows
 from upcycle_cli.models.mlp import Weight, gated_linear, linear_layers, swiglu
+from upcycle_cli.recipe.recipe import SHIPPED
 
 
 def _lfm2_width(values: Mapping[str, Any]) -> int:
@@ -81,12 +82,6 @@ _GATE_UP_ROWS: Pieces = {
     )
 }
 """For layers that stay dense."""
-_INTERLEAVED: Pieces = {
-    f"self_attn.{matrix}_proj.{kind}": (Piece(f"self_attn.{matrix}_proj.{kind}", rows, True),)
-    for matrix, rows in (("q", _QUERIES), ("k", _KEYS))
-    for kind in ("weight", "bias")
-}
-"""Changes the rotation of rows 2i and 2i + 1 of a head to rows i and i + half."""
 
 _UP_DOWN = linear_layers("", "mlp.up_proj", "mlp.down_proj")
 _GATE_UP = gated_linear("mlp.gate_up_proj", "mlp.down_proj")
@@ -120,9 +115,17 @@ _GEMMA: Any = {
     "activation": "hidden_activation",
 }
 
+_LIKE_LLAMA = ("ernie4_5_moe", "granitemoe", "granitemoehybrid")
+_LIKE_MISTRAL = ("glm4_moe", "solar_open", *_LIKE_LLAMA)
+
 _ROWS: Sequence[DenseFamily] = (
-    DenseFamily("llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open")),
-    DenseFamily("mistral", windows=_alike, targets=("mixtral", "qwen2_moe")),
+    DenseFamily(
+        "llama",
+        targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open", SHIPPED, *_LIKE_LLAMA),
+    ),
+    DenseFamily(
+        "mistral", windows=_alike, targets=("mixtral", "qwen2_moe", SHIPPED, *_LIKE_MISTRAL)
+    ),
     DenseFamily("qwen2", windows=_LAST_SLIDE, targets=("qwen2_moe", "glm4_moe")),
     DenseFamily(
         "qwen3", windows=_LAST_SLIDE, targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum")
@@ -135,11 +138,17 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("codegen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("cohere", norm=_PARALLEL),
-    DenseFamily("cohere2", norm=_PARALLEL, windows=_BY_PATTERN, targets=("cohere2_moe",)),
+    DenseFamily(
+        "cohere2",
+        norm=_PARALLEL,
+        windows=_BY_PATTERN,
+        interleaved_rope=True,
+        targets=("cohere2_moe",),
+    ),
     DenseFamily("cwm"),
     DenseFamily("diffllama"),
     DenseFamily("doge"),
-    DenseFamily("ernie4_5", targets=("ernie4_5_moe",)),
+    DenseFamily("ernie4_5", interleaved_rope=True, targets=("ernie4_5_moe",)),
     DenseFamily("exaone4", norm=None),
     DenseFamily(
         "falcon",
@@ -162,7 +171,7 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("gemma4_text",),
     ),
     DenseFamily(
-        "glm", mlp=_GATE_UP, pieces={**_INTERLEAVED, **_GATE_UP_ROWS}, targets=("glm4_moe",)
+        "glm", mlp=_GATE_UP, pieces=_GATE_UP_ROWS, interleaved_rope=True, targets=("glm4_moe",)
     ),
     DenseFamily("glm4", mlp=_GATE_UP),
     DenseFamily(
@@ -202,11 +211,15 @@ _ROWS: Sequence[DenseFamily] = (
         layers_differ=True,
         targets=("granitemoehybrid",),
     ),
-    DenseFamily("helium"),
+    DenseFamily(
+        "helium",
+        interleaved_rope=True,
+        targets=(SHIPPED, "mixtral", "glm4_moe", "ernie4_5_moe"),
+    ),
     DenseFamily("hunyuan_v1_dense", targets=("hunyuan_v1_moe",)),
     DenseFamily("hyperclovax"),
     DenseFamily("internlm3"),
-    DenseFamily("iquestcoder", targets=("mixtral", "qwen2_moe", "glm4_moe")),
+    DenseFamily("iquestcoder", targets=("mixtral", "qwen2_moe", "glm4_moe", SHIPPED, *_LIKE_LLAMA)),
     DenseFamily("jais2", mlp=_UP_DOWN),
     DenseFamily(
         "lfm2",
@@ -217,7 +230,11 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("lfm3", **_LFM, renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),)),
     DenseFamily("minicpm3"),
-    DenseFamily("ministral", windows=_ALL_SLIDE, targets=("qwen2_moe",)),
+    DenseFamily(
+        "ministral",
+        windows=_ALL_SLIDE,
+        targets=("qwen2_moe", SHIPPED, "mixtral", *_LIKE_MISTRAL),
+    ),
     DenseFamily("ministral3"),
     DenseFamily(
         "modernbert-decoder",
@@ -238,9 +255,15 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("olmo3", norm=None),
     DenseFamily("persimmon", mlp=_H_TO_4H),
     DenseFamily("phi", mlp=_FC1_FC2, norm=_PARALLEL),
-    DenseFamily("phi3", mlp=_GATE_UP, windows=_alike, pieces=_QKV, targets=("mixtral",)),
+    DenseFamily(
+        "phi3",
+        mlp=_GATE_UP,
+        windows=_alike,
+        pieces={**_QKV, **_GATE_UP_ROWS},
+        targets=("mixtral", SHIPPED, "glm4_moe", "ernie4_5_moe"),
+    ),
     DenseFamily("qwen3_5_text", norm_offset=1.0, layers_differ=True, targets=("qwen3_5_moe_text",)),
-    DenseFamily("seed_oss", targets=("qwen2_moe",)),
+    DenseFamily("seed_oss", targets=("qwen2_moe", SHIPPED, "glm4_moe")),
     DenseFamily("smollm3"),
     DenseFamily("stablelm", norm=("post_attention_layernorm.weight", "input_layernorm.weight")),
     DenseFamily("starcoder2", mlp=_C_FC),

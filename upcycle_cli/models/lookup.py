@@ -22,6 +22,13 @@ from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 REFUSED: Mapping[str, str] = table("refused")
 """Dense model types that are not supported, with reasons: "X cannot be upcycled: …"."""
+_WITH_QK_NORM = ("qwen3_moe", "olmoe", "dots1", "hy_v3", "mellum")
+_INEXACT: Mapping[str, str] = {
+    **dict.fromkeys(_WITH_QK_NORM, "it always normalises queries and keys (QK norm)"),
+    "gpt_oss": "it clamps the gates of its experts",
+    "deepseek_v3": "all its heads share one rotary key",
+}
+"""MoE types that models without QK norm cannot become, with reasons."""
 _HINT = "`upcycle families` lists the supported model types."
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
@@ -72,7 +79,8 @@ def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> Dense
 
 def targets_of(family: DenseFamily) -> tuple[str, ...]:
     """Return the targets of a family; the one that most software loads comes first."""
-    return (*family.targets, *((SHIPPED,) if family.can_ship_code else ()))
+    ships = family.can_ship_code and SHIPPED not in family.targets
+    return (*family.targets, SHIPPED) if ships else family.targets
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -267,8 +275,15 @@ class Family(Compact):
 
     @property
     def pieces(self) -> Pieces:
-        """Dense tensors that the target stores in another form; none for shipped code."""
+        """Dense tensors that the target stores as several; none for shipped code."""
         return {} if self.target.ships_code else self.dense.family.pieces
+
+    def moves_rows(self, name: str) -> bool:
+        """Whether rope rotates other rows of a tensor in the target; `name` is in the layer."""
+        alike = self.target.ships_code or self.dense.family.interleaved_rope is (
+            self.target.interleaved_rope
+        )
+        return not alike and name.startswith(("self_attn.q_proj.", "self_attn.k_proj."))
 
     def name(self, source: str) -> str:
         """Return the name in the target of a dense tensor that is copied."""
@@ -296,7 +311,9 @@ def choose(
     chosen = parse_layers(layers, dense.mlp_layers, dense.num_layers)
     options = targets_of(family)
     if target not in ("auto", *options):
-        what = f"{family.title} cannot become {target!r}."
+        plain = dense.shapes and not dense.has("self_attn.q_norm.weight")
+        why = f": {_INEXACT[target]}" if plain and target in _INEXACT else ""
+        what = f"{family.title} cannot become {target!r}{why}."
         raise UpcycleError(what, choose_from(target, ("auto", *options)))
     mlp = dense.mlp({*dense.shapes, *names}, next(iter(dense.mlp_layers), 0))
     biased = any(weight.is_bias for weight in mlp)
@@ -336,7 +353,7 @@ def _objection(
         return "the model's MLPs have biases, but the target's experts have none"
     for name, reason in target.unsupported_tensors.items():
         if dense.has(name):
-            return reason.format(model_type=dense.model_type)
+            return reason
     found = (
         _attention_objection(target, dense)
         or target.refusal(dense)
@@ -353,9 +370,11 @@ def _attention_objection(target: Target, dense: DenseModel) -> str | None:
     known, windows = defaults_of(target.model_type), {*dense.windows}
     if target.ships_code or target.model_type == dense.model_type:
         return None
+    # No text is longer than max_position_embeddings, so a window as long hides nothing.
+    slides = any(window and window < dense.values["max_position_embeddings"] for window in windows)
     if dense.rotary_share != 1.0 and "partial_rotary_factor" not in known:
         return "only a part of each head is rotated, but the target rotates whole heads"
-    if any(windows) and "sliding_window" not in known:
+    if slides and "sliding_window" not in known:
         return "some layers have a sliding window, but the target supports none"
     if len(windows) > 1 and "layer_types" not in known:
         return "only some layers have a sliding window, but the target treats all layers alike"

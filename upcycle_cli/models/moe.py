@@ -162,6 +162,8 @@ class Target(Compact):
     """The only routing with a correction bias."""
     bias_rows: tuple[int, ...] = ()
     """The dimensions of the correction bias before (N,)."""
+    interleaved_rope: bool = False
+    """Whether rope rotates rows 2i and 2i + 1 of a head, and not rows i and i + half."""
     shared: SharedExpert | None = None
     extra_tensors: tuple[ExtraTensor, ...] = ()
     keeps_mlp: bool = False

@@ -24,6 +24,7 @@ _NOT_COPIED = _WINDOW_KEYS | {
     # No forward pass reads these: they stay as the source has them, or absent.
     *("use_cache", "initializer_range", "pretraining_tp"),
 }
+_ORIGINAL = "original_max_position_embeddings"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
 
 
@@ -73,6 +74,8 @@ def moe_text_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]
     config = dense.family.with_current_keys(text_config_of(config))
     # transformers treats these as aliases: "num_experts": 0 would override num_local_experts.
     dropped = {*_EXPERT_KEYS, *target.keys.aliases}
+    if not target.ships_code:  # engines apply a window to any model
+        dropped |= _WINDOW_KEYS - defaults_of(target.model_type).keys()
     result = {key: value for key, value in config.items() if key not in dropped}
     if not target.ships_code:
         result |= {"model_type": target.model_type} | _effective(dense, target)
@@ -117,6 +120,8 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
     if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
         return _old_rope(config)
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
+    if scaling and _ORIGINAL in defaults_of(dense.model_type) and not target.ships_code:
+        scaling = {**scaling, _ORIGINAL: dense.values[_ORIGINAL]}  # it overrides the inner one
     found = {"rope_theta": theta, "rope_scaling": None if scaling is None else dict(scaling)}
     key = "partial_rotary_factor"
     if key in dense.values or key in defaults_of(target.model_type):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.models import layers, mlp
+from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import FULL, SLIDING, DenseModel
 from upcycle_cli.models.moe import ExtraTensor, Keys, MoeBlock, SharedExpert, Target
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
@@ -14,20 +15,29 @@ from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 def _no_longrope(dense: DenseModel) -> str | None:
     """Refuse longrope."""
-    if (dense.values["rope_scaling"] or {}).get("rope_type") != "longrope":
-        return None
-    return "its rotary embeddings are scaled by longrope, which is untested with the target"
+    scaling = dense.values["rope_scaling"] or {}
+    words = "its rotary embeddings are scaled by longrope, which is untested with the target"
+    return words if scaling.get("rope_type") == "longrope" else None
+
+
+def _granitemoe(dense: DenseModel) -> dict[str, Any]:
+    """State the factors by which granite differs from llama, unless the source has them."""
+    if "attention_multiplier" in defaults_of(dense.model_type):
+        return {}
+    found = dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+    found |= {"attention_multiplier": dense.values["head_dim"] ** -0.5}
+    return {**found, "attention_bias": dense.has("self_attn.q_proj.bias")}
 
 
 def _granitemoehybrid(dense: DenseModel) -> dict[str, Any]:
     """State kinds of layers in the names that released models and engines use.
 
-    A granite model has no such kinds: all layers are attention, with rotary embeddings.
+    Other types have no such kinds: all layers are attention, with rotary embeddings.
     """
-    if "layer_types" in dense.values:
+    if dense.model_type == "granitemoehybrid":
         names = {new: old for old, new in layers.OLD_BLOCKS.items()}
         return {"layer_types": [names.get(kind, kind) for kind in dense.values["layer_types"]]}
-    return {
+    return _granitemoe(dense) | {
         "layer_types": ["attention"] * dense.num_layers,
         "position_embedding_type": "rope",
         "mamba_n_heads": 1,  # the default does not divide every hidden size
@@ -116,13 +126,8 @@ _SIGMOID_TOPK = (Routing.SIGMOID_TOPK,)
 _EITHER_SOFTMAX = (Routing.TOPK_SOFTMAX, Routing.SOFTMAX_TOPK)
 _BY_NORM = ("norm_topk_prob", {True: Routing.TOPK_SOFTMAX, False: Routing.SOFTMAX_TOPK})
 _SIGMOID = ("norm_topk_prob", {True: Routing.SIGMOID_TOPK})
-_NO_O_BIAS = {
-    "self_attn.o_proj.bias": "attention_bias is true, and the target's o_proj has no bias"
-}
-_NO_QKV_BIAS = {
-    "self_attn.q_proj.bias": "{model_type} has q, k and v biases, and the target's attention has "
-    "none"
-}
+_NO_O_BIAS = {"self_attn.o_proj.bias": "o_proj has a bias, but the target's o_proj has none"}
+_NO_QKV_BIAS = {"self_attn.q_proj.bias": "q, k and v have biases, but the target's have none"}
 
 _QWEN: Any = {
     "routings": _EITHER_SOFTMAX,
@@ -220,7 +225,7 @@ _ROWS: Sequence[Target] = (
     Target(
         model_type="solar_open",
         **_DEEPSEEK,
-        constants=_ONE_GROUP | _FOR_MLX,
+        constants=_ONE_GROUP | _FOR_MLX | {"attention_bias": False},
         unsupported_tensors=_NO_O_BIAS,
     ),
     Target(
@@ -242,8 +247,10 @@ _ROWS: Sequence[Target] = (
         layers=layers.MOE_RANGE,
         bias_routing=Routing.TOPK_SOFTMAX,
         bias_rows=(1,),
+        interleaved_rope=True,
         shared=SharedExpert(count_key="moe_num_shared_experts", required=False),
-        constants={"moe_num_shared_experts": 0},
+        unsupported_tensors=_NO_O_BIAS | _NO_QKV_BIAS,
+        constants={"moe_num_shared_experts": 0, "use_bias": False},
     ),
     Target(
         model_type="hunyuan_v1_moe",
@@ -280,6 +287,7 @@ _ROWS: Sequence[Target] = (
             ),
         ),
         layers=layers.MLP_TYPES,
+        interleaved_rope=True,
         shared=SharedExpert(
             count_key="num_shared_experts",
             required=False,
@@ -327,7 +335,7 @@ _ROWS: Sequence[Target] = (
         ),
         keeps_mlp=True,
     ),
-    Target(model_type="granitemoe", **_GRANITE),
+    Target(model_type="granitemoe", **_GRANITE, settings=_granitemoe),
     Target(
         model_type="granitemoe_swa",
         **_GRANITE | {"layouts": {ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]}},

@@ -130,12 +130,16 @@ class Repeat:
 
 
 @dataclass(frozen=True, slots=True)
-class DeinterleaveRotary:
-    """Of every `size` rows, the first `rotary` reordered: the even ones, then the odd ones."""
+class RotaryRows:
+    """Of every `size` rows, the first `rotary` reordered: the even ones, then the odd ones.
+
+    With `interleave` it is the reverse: rows of the first and the second half take turns.
+    """
 
     of: Expr
     size: int
     rotary: int
+    interleave: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +220,7 @@ class Full:
 
 Given: TypeAlias = Source | Normal | Constant | Full
 Joined: TypeAlias = Mean | Concat | Stack
-Arranged: TypeAlias = Slice | Select | Gather | Transpose | Repeat | DeinterleaveRotary
+Arranged: TypeAlias = Slice | Select | Gather | Transpose | Repeat | RotaryRows
 Changed: TypeAlias = Cast | Scale | RandomLike | AddNoise | Reinit
 Expr: TypeAlias = Given | Joined | Arranged | Changed
 
@@ -249,7 +253,7 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             return TensorType(inner.dtype, inner.shape[1:])
         case Cast(of, dtype):
             return TensorType(dtype, type_of(of).shape)
-        case Scale(of) | AddNoise(of) | Reinit(of) | DeinterleaveRotary(of):
+        case Scale(of) | AddNoise(of) | Reinit(of) | RotaryRows(of):
             return type_of(of)
         case Concat(parts) | Stack(parts):
             first, *others = map(type_of, parts)

@@ -17,6 +17,7 @@ deviation (Drop-Upcycling, Nakamura et al., arXiv 2502.19261).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
@@ -152,19 +153,26 @@ class TensorMaker:
         family, dense = self._plan.family, self._dense
         own_name = name if layer is None else name.removeprefix(dense.prefix(layer))
         if layer is None or own_name not in family.pieces:
-            yield OutputTensor.of(family.name(name), self._tensor(name), Role.COPIED, layer)
+            whole = self._options.cast(self._rotated(own_name, self._uncast(name)))
+            yield OutputTensor.of(family.name(name), whole, Role.COPIED, layer)
             return
         start, stored = 0, self._uncast(name)
         for piece in family.pieces[own_name]:
             stop = start + dense.size(piece.rows)
-            whole = stop - start == ex.type_of(stored).shape[0]
-            expr: ex.Expr = stored if whole else ex.Slice(stored, 0, start, stop)
-            if piece.halves:
-                size = dense.size("head_dim")
-                expr = ex.DeinterleaveRotary(expr, size, int(size * dense.rotary_share))
+            is_all = stop - start == ex.type_of(stored).shape[0]
+            expr: ex.Expr = stored if is_all else ex.Slice(stored, 0, start, stop)
+            expr = self._options.cast(self._rotated(piece.name, expr))
             new_name = self._target.prefix(layer) + piece.name
-            yield OutputTensor.of(new_name, self._options.cast(expr), Role.COPIED, layer)
+            yield OutputTensor.of(new_name, expr, Role.COPIED, layer)
             start = stop
+
+    def _rotated(self, own_name: str, expr: ex.Expr) -> ex.Expr:
+        """Return a tensor with its rows in the order in which the target's rope rotates them."""
+        if not self._plan.family.moves_rows(own_name):
+            return expr
+        size = self._dense.size("head_dim")
+        pairs = math.ceil(int(size * self._dense.rotary_share) / 2)  # as transformers rounds
+        return ex.RotaryRows(expr, size, 2 * pairs, self._target.interleaved_rope)
 
     def _zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
         """Yield the biases that the target needs and the source lacks."""

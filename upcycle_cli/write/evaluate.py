@@ -151,11 +151,11 @@ class _Evaluator:
                 return transposed(matrices, made.dtype, made.shape)
             case ex.Repeat(of, times):
                 return self.value(of).repeat(times, axis=0)
-            case ex.DeinterleaveRotary(of, size, rotary):
-                values = self.value(of)
+            case ex.RotaryRows(of, size, rotary, interleave):
+                values, rows = self.value(of), np.r_[0:rotary:2, 1:rotary:2, rotary:size]
                 heads = values.reshape(-1, size, *values.shape[1:])
-                even, odd, rest = heads[:, 0:rotary:2], heads[:, 1:rotary:2], heads[:, rotary:]
-                return np.concatenate([even, odd, rest], axis=1).reshape(values.shape)
+                order = rows.argsort() if interleave else rows
+                return heads[:, order].reshape(values.shape)
             case ex.Normal():
                 return self._routers(expr)
             case ex.Constant(stream, dtype, shape, _, data):
