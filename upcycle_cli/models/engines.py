@@ -115,6 +115,8 @@ _CAUSES: Mapping[str, str] = {
     SHARED: "a shared expert",
 }
 _ATTENTION = "attention: "
+TOGETHER = " + "
+"""Joins properties that only fail together."""
 _LOSS, _NO_LOSS = "loss", "no loss"
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type with shipped code."""
@@ -137,6 +139,11 @@ _OTHER_SUPPORT: Mapping[str, Support] = {
 def attention_part(attention: str) -> str:
     """Return the property that an attention class is in the table."""
     return _ATTENTION + attention
+
+
+def together(parts: Iterable[str]) -> str:
+    """Return properties that only fail together, as the table lists them."""
+    return TOGETHER.join(parts)
 
 
 def traits_of(
@@ -210,7 +217,8 @@ def _judged(known: Mapping[str, str] | None, traits: Traits) -> tuple[Support, s
     attention, held = traits.parts[-1], {*traits.attention.split(", ")}
     # Where a model with some of these properties fails, this one does, unless it was measured.
     fewer = [part for part in known if attention not in known and _properties(part) < held]
-    for part in (*traits.parts, *sorted(fewer, key=len)):
+    several = [p for p in known if TOGETHER in p and {*p.split(TOGETHER)} <= {*traits.parts}]
+    for part in (*several, *traits.parts, *sorted(fewer, key=len)):
         verdict = known.get(part, SAME)
         if (remedy := _SUPPORT.get((part, verdict))) is not None:
             return remedy, ""
@@ -230,6 +238,8 @@ def _cause(part: str, known: Mapping[str, str]) -> str:
     if part.startswith(_ATTENTION):
         name = part.removeprefix(_ATTENTION)
         return "plain attention" if name == PLAIN else name.replace(", ", " and ")
+    if TOGETHER in part:
+        return " and ".join(filter(None, (_cause(each, known) for each in part.split(TOGETHER))))
     if part in _CAUSES:
         return _CAUSES[part]
     is_one_of_several = any(known.get(str(r)) == SAME for r in Routing if r != part)

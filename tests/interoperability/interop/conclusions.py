@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -73,16 +73,17 @@ def all_rows() -> list[Row]:
     ]
 
 
-def measured(rows: Iterable[Row]) -> Measured:
+def measured(rows: Sequence[Row]) -> Measured:
     """Return what `models/knowledge/engines.json` says; ValueError where it cannot say it."""
     result: Measured = {}
-    # A model with fewer parts tells what each part does.
+    # Parts of models that are the same are no reason for failures of others.
     for row in sorted(rows, key=_order):
         found = result.setdefault(row.target, {}).setdefault(row.software, {})
         # Of the others a failure is not said, and it may be one family's alone.
         unsaid = row.software in known.OTHERS and row.verdict == FAILS
         if not unsaid and (row.target, row.software) not in NOT_OF_THE_MODEL:
             _take(found, row)
+    _refuse_contradictions(result, rows)
     for software in known.OTHERS:
         for target in result.values():
             if DIFFERS not in target.get(software, {}).values():
@@ -95,6 +96,21 @@ def measured(rows: Iterable[Row]) -> Measured:
     return said
 
 
+def _refuse_contradictions(said: Measured, rows: Sequence[Row]) -> None:
+    for row in rows:
+        found = said[row.target].get(row.software, {})
+        for part, verdict in found.items():
+            if row.verdict == SAME != verdict and {*part.split(known.TOGETHER)} <= {*row.parts}:
+                words = f"{row.software}, {row.target}, {'; '.join(row.parts)}"
+                raise ValueError(f"{words}: same, and {verdict} in another row")
+
+
+def _order(row: Row) -> tuple[bool, int, int]:
+    *parts, attention = row.parts
+    properties = attention.count(",") + (attention != known.attention_part(PLAIN))
+    return row.verdict != SAME, properties, len(parts)
+
+
 def _say_once(said: Measured) -> None:
     """Say of engines that refuse all shipped code that they do, in place of each family."""
     shipped = [found for target, found in said.items() if target.startswith(UPCYCLED_PREFIX)]
@@ -105,11 +121,6 @@ def _say_once(said: Measured) -> None:
             said.setdefault(known.ALL_SHIPPED, {})[software] = common
             for found in shipped:
                 found.pop(software, None)
-
-
-def _order(row: Row) -> tuple[int, int]:
-    *parts, attention = row.parts
-    return attention.count(",") + (attention != known.attention_part(PLAIN)), len(parts)
 
 
 def _said(target: str, software: str, parts: Mapping[str, str]) -> dict[str, str]:
@@ -155,13 +166,12 @@ def parts_of(case: Case) -> tuple[str, ...]:
 
 
 def _take(found: dict[str, str], row: Row) -> None:
-    """Note that all parts are supported, or the first that nothing else shows to be."""
-    wrong = [part for part in row.parts if found.get(part, SAME) != SAME]
-    suspects = [part for part in row.parts if part not in found]
-    if row.verdict != SAME and wrong:
+    """Note that all parts are supported, or which of them is not: the first, or all together."""
+    if row.verdict == SAME:
+        found.update(dict.fromkeys(row.parts, SAME))
         return
-    if wrong or (row.verdict != SAME and not suspects):
-        words = f"{row.software}, {row.target}, {'; '.join(row.parts)}"
-        raise ValueError(f"{words}: {row.verdict}, against other rows")
-    for part in suspects if row.verdict == SAME else suspects[:1]:
-        found[part] = row.verdict
+    known_as = {found[part] for part in row.parts if found.get(part, SAME) != SAME}
+    if {row.verdict, DIFFERS} & known_as:
+        return
+    suspects = [part for part in row.parts if part not in found]
+    found[suspects[0] if suspects else known.together(row.parts)] = row.verdict
