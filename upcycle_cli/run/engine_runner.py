@@ -90,7 +90,7 @@ def vllm(job: Job, implementation: str = "auto") -> dict[str, Any]:
         image = {"multi_modal_data": {"image": _opened(job)}}
         prompts.append({"prompt_token_ids": job["picture"]["ids"], **image})
         greedy.append(SamplingParams(**settings))
-        longest, pictures = 256, {"limit_mm_per_prompt": {"image": 1, "video": 0}}
+        longest, pictures = max(longest, 256), {"limit_mm_per_prompt": {"image": 1, "video": 0}}
     model = LLM(
         job["model"],
         model_impl=implementation,

