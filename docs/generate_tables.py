@@ -122,12 +122,12 @@ def _software() -> Iterator[str]:
             continue
         runs = [_engine(target, engine) for engine in _ENGINES]
         trains = {name: _trainer(target, name) for name in (*usual, *others)}
-        more = (f"{name} {trains[name]}" for name in others if trains[name] != _UNTESTED)
+        more = (f"{name} ({trains[name]})" for name in others if trains[name] != _UNTESTED)
         each = dict.fromkeys(trains[name] for name in usual)
         loss = "yes" if target.has_balancing_loss else "no"
         outer, _, inner = target.title.rpartition(" around ")
         name = SHIPPED if target.ships_code else f"{inner} in {outer}" if outer else inner
-        cells = (*runs, " or ".join(each), "; ".join(more), loss)
+        cells = (*runs, " or ".join(each), ", ".join(more), loss)
         alike.setdefault(cells, []).append(name)
     for cells, names in alike.items():
         yield _row(", ".join(names), *cells)
@@ -166,19 +166,19 @@ def _words(target: Target, name: str, *, engines: bool) -> str:
                 words[routing] = _WORDS[support]
             if support is not Support.RUNS:
                 break
-    said = "; ".join(f"{routing}: {word}" for routing, word in words.items())
+    said = ", ".join(f"{routing} {word}" for routing, word in words.items())
     if len({*words.values()}) == 1:
         said = next(iter(words.values()))
-    return " ".join([said, *_classes(known)]) if {*words.values()} - _FAILURES else said
+    return "; ".join(_classes(known, said)) if {*words.values()} - _FAILURES else said
 
 
-def _classes(known: Mapping[str, str]) -> Iterator[str]:
-    """Yield the letters of the attention classes that are the same, differ or are refused."""
+def _classes(known: Mapping[str, str], same: str) -> Iterator[str]:
+    """Yield letters of attention classes with what was found: the words `same`, or a failure."""
     letters = dict(zip(_all_classes(), ascii_letters, strict=False))
-    for verdict, word in ((SAME, ""), (DIFFERS, "wrong: "), (FAILS, "no: ")):
+    for verdict, words in ((SAME, same), (DIFFERS, "wrong"), (FAILS, "no")):
         found = [letters[part] for part in letters if known.get(part) == verdict]
         if found:
-            yield word + "".join(found)
+            yield f"{''.join(found)}: {words}"
 
 
 def _all_classes() -> list[str]:

@@ -270,27 +270,34 @@ def trainer_kind(target: str) -> str:
 
 
 def test_families_and_the_reference_say_what_the_rows_show() -> None:
-    same = {(r.target, r.software, r.parts[-1]) for r in ROWS if r.verdict == SAME}
+    verdicts = {(r.target, r.software, r.parts[-1], r.verdict) for r in ROWS}
     for target in families().targets:
         kind = next((t for t in TARGETS if t.split()[-1] == target.name), target.name)
         for name in {**target.engines, **target.trainers}.keys() - {"transformers"}:
-            assert (kind, name, known.attention_part(target.attention)) in same
+            assert (kind, name, known.attention_part(target.attention), SAME) in verdicts
     page = (HERE.parents[1] / "docs" / "reference" / "compatibility.md").read_text("utf-8")
     letters = dict(re.findall(r"(?m)^- \*\*(\w)\*\*: (.+)$", page))
     header, *rows = re.findall(r"(?m)^\| (.+?) \|$", page.split("<!-- table: software -->")[1])
-    for line in rows[1:]:
+    said = set()
+    for line in rows:
         names, *cells = line.split(" | ")
         for column, cell in zip(header.split(" | ")[1:], cells, strict=True):
-            for each in cell.split("; "):
-                named = next((name for name in TRAINERS if each.startswith(f"{name} ")), column)
-                *_, last = each.split(" ")
-                if ":" in each or not {*last} <= letters.keys() or last in ("yes", "no"):
-                    continue
-                for target in names.split(", "):
-                    inner, _, outer = target.partition(" in ")
-                    title = f"{outer} around {inner}" if outer else inner
-                    for name, letter in product(named.split(", "), last):
-                        assert (title, name, known.attention_part(letters[letter])) in same
+            each = dict(re.findall(r"([\w -]+) \((.+?)\)", cell)) or {column: cell}
+            for (name, found), target in product(each.items(), names.split(", ")):
+                inner, _, outer = target.partition(" in ")
+                for held, words in re.findall(r"(\w+): ([^;]+)", found):
+                    verdict = {"wrong": DIFFERS, "no": FAILS}.get(words, SAME)
+                    said |= {
+                        (
+                            f"{outer} around {inner}" if outer else inner,
+                            software.strip(),
+                            known.attention_part(letters[letter]),
+                            verdict,
+                        )
+                        for software, letter in product(name.split(", "), held)
+                    }
+    assert said - verdicts == set()
+    assert len(said) > 100
 
 
 def test_engines_that_compute_something_else_get_a_warning() -> None:
