@@ -26,7 +26,7 @@ PUBLIC = ("", "__main__")
 """What users call and import: the public API in __init__.py, and the entry point."""
 WITH_FLAGS = {
     *("publish.card", "recipe.recipe_file", "write.staging", "run.models", "models.engines"),
-    "run.engine_runner",
+    *("models.overview", "run.engine_runner"),
 }
 """These write whole commands, or what an engine needs."""
 MODULES = {

@@ -171,7 +171,7 @@ def test_properties_that_only_fail_together_are_kept_together() -> None:
     verdicts = (SAME, SAME, DIFFERS)
     rows = [Row(case, "MLX", found) for case, found in zip(cases, verdicts, strict=True)]
     found = measured(rows)["qwen2_moe"]["MLX"]
-    assert found[known.together(rows[2].parts)] == DIFFERS
+    assert found[known.TOGETHER.join(rows[2].parts)] == DIFFERS
     assert sorted(found.values()) == [DIFFERS, *[SAME] * 4]
 
 

@@ -41,7 +41,7 @@ WIDE, SOME = "head_dim × heads ≠ hidden size", "sliding window on some layers
             {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2}},
             "linear rope scaling",
         ),
-        ("mixtral", {**LLAMA, "rope_scaling": {"type": "su"}}, "longrope rope scaling"),
+        ("mixtral", {**LLAMA, "rope_scaling": {"type": "longrope"}}, "longrope rope scaling"),
         ("mixtral", {**LLAMA, "sliding_window": 4096}, "sliding window"),
         # No text is longer than the window.
         ("mixtral", {**LLAMA, "sliding_window": 262144}, "plain"),

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from string import Template
 from typing import Any
@@ -105,8 +105,6 @@ SAME, DIFFERS, FAILS = "same", "differs", "refuses"
 DIFFERS_ON_CPU, CHANGED = "differs on a CPU", "changed"
 FUSED, TIED, SOME_LAYERS = "fused", "tied", "some layers"
 SCALED, SHARED = "scaled", "shared"
-"""Properties that an engine may not support: experts in one tensor, a tied head, layers that stay
-dense, a gate factor in the config, a shared expert in use."""
 _CAUSES: Mapping[str, str] = {
     FUSED: "experts in one tensor",
     TIED: "a tied head",
@@ -114,6 +112,7 @@ _CAUSES: Mapping[str, str] = {
     SCALED: "a gate factor in the config",
     SHARED: "a shared expert",
 }
+"""Properties that software may not support, in words."""
 _ATTENTION = "attention: "
 TOGETHER = " + "
 """Joins properties that only fail together."""
@@ -139,11 +138,6 @@ _OTHER_SUPPORT: Mapping[str, Support] = {
 def attention_part(attention: str) -> str:
     """Return the property that an attention class is in the table."""
     return _ATTENTION + attention
-
-
-def together(parts: Iterable[str]) -> str:
-    """Return properties that only fail together, as the table lists them."""
-    return TOGETHER.join(parts)
 
 
 def traits_of(
@@ -175,15 +169,16 @@ def engines(target: str, traits: Traits) -> tuple[Engine, ...]:
     "transformers" is version 5, in which `verify` runs every model; "transformers 4" is listed only
     if it differs.
     """
-    found = [Engine("transformers", Support.RUNS, version=_version("transformers 5"))]
+    version = table("engines")["software"]["transformers 5"]
+    found = [Engine("transformers", Support.RUNS, version=version)]
     for name in (*ENGINES, *OTHERS):
-        known = _known(target, name)
-        if known == {}:
-            continue
-        support, cause = _judged(known, traits)
-        is_usual = support is Support.RUNS and name not in ENGINES[1:]
-        if not is_usual and (name in ENGINES or support in SILENTLY_WRONG):
-            found.append(Engine(name, support, cause, _version(name) if known else None))
+        if (known := _known(target, name)) != {}:
+            each = Engine(name, *_judged(name, known, traits))
+            if known is None and target.startswith(ALL_SHIPPED):
+                each = replace(each, cause="every dense model type")
+            is_usual = each.support is Support.RUNS and name not in ENGINES[1:]
+            if not is_usual and (name in ENGINES or each.support in SILENTLY_WRONG):
+                found.append(each)
     return tuple(found)
 
 
@@ -192,13 +187,8 @@ def usual_attention(target: Target) -> str:
     kinds = table("engines")["targets"].get(ALL_SHIPPED if target.ships_code else target.title, {})
     every = (part for verdicts in kinds.values() for part in verdicts)
     counts = Counter[str](part for part in every if part.startswith(_ATTENTION))
-    plain = attention_part(PLAIN)
-    most = max((*counts, plain), key=lambda part: (counts[part], part == plain))
+    most = max((attention_part(PLAIN), *counts), key=lambda part: counts[part])
     return most.removeprefix(_ATTENTION)
-
-
-def _version(name: str) -> str:
-    return str(table("engines")["software"][name])
 
 
 def _known(target: str, name: str) -> Mapping[str, str] | None:
@@ -210,27 +200,25 @@ def _known(target: str, name: str) -> Mapping[str, str] | None:
     return {**found, FUSED: SAME} if found and ships_code else found  # it has one layout
 
 
-def _judged(known: Mapping[str, str] | None, traits: Traits) -> tuple[Support, str]:
-    """Return the support of a software for a model, and its cause."""
+def _judged(
+    name: str, known: Mapping[str, str] | None, traits: Traits
+) -> tuple[Support, str, str | None]:
+    """Return the support of a software for a model, its cause and the version."""
     if not known:
-        return Support.NOT_TRIED, ""
-    attention, held = traits.parts[-1], {*traits.attention.split(", ")}
+        return Support.NOT_TRIED, "", None
+    version: str = table("engines")["software"][name]
+    parts, held = traits.parts, {*traits.attention.split(", ")}
+    several = [part for part in known if TOGETHER in part and {*part.split(TOGETHER)} <= {*parts}]
     # Where a model with some of these properties fails, this one does, unless it was measured.
-    fewer = [part for part in known if attention not in known and _properties(part) < held]
-    several = [p for p in known if TOGETHER in p and {*p.split(TOGETHER)} <= {*traits.parts}]
-    for part in (*several, *traits.parts, *sorted(fewer, key=len)):
+    fewer = [p for p in known if {*p.removeprefix(_ATTENTION).split(", ")} < held]
+    for part in (*several, *parts, *(() if parts[-1] in known else sorted(fewer, key=len))):
         verdict = known.get(part, SAME)
         if (remedy := _SUPPORT.get((part, verdict))) is not None:
-            return remedy, ""
+            return remedy, "", version
         if verdict != SAME:
-            return _OTHER_SUPPORT[verdict], _cause(part, known)
-    missing = [_cause(part, known) for part in traits.parts if part not in known]
-    return (Support.NOT_TRIED, " and ".join(missing)) if missing else (Support.RUNS, "")
-
-
-def _properties(part: str) -> set[str]:
-    """Return the properties of a part that is an attention class, or something in no class."""
-    return {*part.removeprefix(_ATTENTION).split(", ")} if part.startswith(_ATTENTION) else {part}
+            return _OTHER_SUPPORT[verdict], _cause(part, known), version
+    missing = " and ".join(_cause(part, known) for part in parts if part not in known)
+    return Support.NOT_TRIED if missing else Support.RUNS, missing, version
 
 
 def _cause(part: str, known: Mapping[str, str]) -> str:
@@ -273,22 +261,16 @@ def trainers(
         verdicts = _known(kind, name)
         if verdicts == {} or (verdicts is None and name in _OWN_CLASSES):
             continue
-        support, cause = _judged(verdicts, traits)
+        support, cause, version = _judged(name, verdicts, traits)
         if support is Support.PER_EXPERT_ONLY and ExpertLayout.PER_EXPERT not in target.layouts:
             support = Support.REFUSES
         settings = known["settings"][name]
-        words = [settings.get(kind) or settings[balanced]]
         more = known["by_routing"].get(name, {}).get(traits.routing)
         tied = known["where_tied"].get(name) if TIED in traits.properties else None
-        text = Template("; ".join(filter(None, [*words, more, tied]))).substitute(values)
-        version = _version(name) if verdicts else None
+        words = filter(None, (settings.get(kind) or settings[balanced], more, tied))
+        text = Template("; ".join(words)).substitute(values)
         found.append(Trainer(name, support, cause, version, text, known["precision"][name]))
     return tuple(found)
-
-
-def instead(target: str) -> str:
-    """Return the advice to use another target, which the software in question runs."""
-    return f"With `--target {target}` it computes the same."
 
 
 def support_lines(found: Iterable[Engine]) -> list[str]:

@@ -156,20 +156,17 @@ def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFa
     return tuple(replace(facts, advice=tuple(_advice(facts, found))) for facts in found)
 
 
-def target_that_runs(
-    each: software.Engine, facts: Iterable[TargetFacts], other_than: str
-) -> str | None:
-    """Return the first other target that an engine or a trainer runs, or None."""
+def instead(each: software.Engine, facts: Iterable[TargetFacts]) -> str:
+    """Return the advice to use the first target that an engine or a trainer runs, or ""."""
     kind = "trainers" if isinstance(each, software.Trainer) else "engines"
-    able = (target.name for target in facts if each.name in getattr(target, kind))
-    return next((name for name in able if name != other_than), None)
+    name = next((target.name for target in facts if each.name in getattr(target, kind)), None)
+    return "" if name is None else f" With `--target {name}` it computes the same."
 
 
 def _advice(facts: TargetFacts, every: Collection[TargetFacts]) -> Iterator[str]:
     for each in (*facts.other_engines, *facts.other_trainers):
-        other = target_that_runs(each, every, facts.name)
-        if each.support in software.SILENTLY_WRONG and other is not None:
-            yield f"{each.name}: {software.instead(other)}"
+        if each.support in software.SILENTLY_WRONG and (words := instead(each, every)):
+            yield f"{each.name}:{words}"
 
 
 def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> TargetFacts:
@@ -183,16 +180,16 @@ def _of_model(config: Mapping[str, Any], names: Collection[str], name: str) -> T
 
 
 def _facts(name: str, row: Target, *, tied: bool = False, attention: str = "") -> TargetFacts:
-    is_general, attention = not attention, attention or software.usual_attention(row)
+    attention = attention or software.usual_attention(row)
     fused, scale = row.layout(None) is ExpertLayout.FUSED, row.keys.scale
     applies = {software.TIED: tied, software.FUSED: fused, software.SCALED: scale is not None}
     properties = frozenset(name for name, holds in applies.items() if holds)
     traits = {r: software.Traits(r, properties, attention) for r in row.routings}
     runs = {r: software.engines(row.title, each) for r, each in traits.items()}
     trains = {r: software.trainers(row, each) for r, each in traits.items()}
-    others = _others(runs)
-    if is_general and row.ships_code:  # these were tried with some families
-        others = tuple(e for e in others if e.support is not software.Support.NOT_TRIED)
+    engines, others = _split(runs)
+    trainers, other_trainers = _split(trains)
+    every = [each.support for found in (*runs.values(), *trains.values()) for each in found]
     balanced = "nothing"
     if row.in_memory.correction_bias is not None:
         balanced += ": no tested trainer updates the correction bias"
@@ -203,38 +200,28 @@ def _facts(name: str, row: Target, *, tied: bool = False, attention: str = "") -
         routings=row.routings,
         layers=row.layers.scope,
         attention=attention,
-        engines=_able(runs),
+        engines=engines,
         other_engines=others,
-        trainers=_able(trains),
-        other_trainers=_others(trains),
+        trainers=trainers,
+        other_trainers=other_trainers,
         balanced=balanced,
         shared_experts="none" if row.shared is None else row.shared.possible_widths,
         scaled_by=("weights",) if scale is None else (scale, "weights"),
-        untying_helps=any(
-            each.support in software.UNTIED
-            for found in (*runs.values(), *trains.values())
-            for each in found
-        ),
+        untying_helps=any(support in software.UNTIED for support in every),
     )
 
 
-_Found = Mapping[Routing, Sequence[software.Engine]]
-
-
-def _able(found: _Found) -> dict[str, tuple[Routing, ...]]:
-    """Return the software that runs a target, with the routings."""
+def _split(
+    found: Mapping[Routing, Sequence[software.Engine]],
+) -> tuple[dict[str, tuple[Routing, ...]], tuple[software.Engine, ...]]:
+    """Return the software that runs a target, with the routings, and the rest by the first."""
     able: dict[str, tuple[Routing, ...]] = {}
     for routing, every in found.items():
         for each in every:
             if each.support is software.Support.RUNS:
                 able[each.name] = (*able.get(each.name, ()), routing)
-    return able
-
-
-def _others(found: _Found) -> tuple[software.Engine, ...]:
-    """Return the software that does not run a target, as the first routing has it."""
-    able, (first, *_) = _able(found), found.values()
-    return tuple(each for each in first if each.name not in able)
+    first, *_ = found.values()
+    return able, tuple(each for each in first if each.name not in able)
 
 
 def target_rows(targets: Iterable[TargetFacts]) -> Iterator[Row]:
@@ -253,10 +240,7 @@ def _lines(target: TargetFacts) -> Iterator[str]:
     ):
         every = len(target.routings)
         names = (n if len(of) == every else f"{n} ({', '.join(of)})" for n, of in known.items())
-        tried = not any(each.support is software.Support.NOT_TRIED for each in others)
-        some = label == "runs" and target.name == SHIPPED and len(known) == 1 and tried
-        more = ["other engines run it only with some dense models"] * some
         able = f"{label} in {', '.join(names) or 'none yet'}"
-        yield "; ".join([able, *software.support_lines(others), *more])
+        yield "; ".join([able, *software.support_lines(others)])
     yield from target.advice
     yield f"attention: {target.attention}"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.core.display import Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
-from upcycle_cli.models.engines import SILENTLY_WRONG, instead, support_lines
+from upcycle_cli.models.engines import SILENTLY_WRONG, support_lines
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.plan.expressions import Expr, source_names, type_of
 from upcycle_cli.plan.merge import Merge, NonExpertWeights
@@ -158,17 +158,16 @@ def warnings(plan: Plan) -> Iterator[str]:
 
 def _wrong_software(plan: Plan) -> Iterator[str]:
     """Yield which software computes something else, with a target of the model that it runs."""
-    wrong = [e for e in (*plan.engines, *plan.trainers) if e.support in SILENTLY_WRONG]
-    for each in wrong:
-        where = plan.target.title if each.cause else f"{plan.target.title} and {plan.routing}"
-        words = f"{each.name} with {where}: {each.words}."
-        if plan.growing is None:
-            from upcycle_cli.models.overview import becomes, target_that_runs
+    for each in (*plan.engines, *plan.trainers):
+        if each.support in SILENTLY_WRONG:
+            where = plan.target.title if each.cause else f"{plan.target.title} and {plan.routing}"
+            words = f"{each.name} with {where}: {each.words}."
+            if plan.growing is None:
+                from upcycle_cli.models.overview import becomes, instead
 
-            facts = becomes(plan.source.config, plan.source.tensors)
-            other = target_that_runs(each, facts, plan.family.choice)
-            words += "" if other is None else f" {instead(other)}"
-        yield words
+                facts = becomes(plan.source.config, plan.source.tensors)
+                words += instead(each, [f for f in facts if f.name != plan.family.choice])
+            yield words
 
 
 def training_warnings(plan: Plan) -> Iterator[str]:

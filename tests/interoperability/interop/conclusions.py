@@ -174,4 +174,4 @@ def _take(found: dict[str, str], row: Row) -> None:
     if {row.verdict, DIFFERS} & known_as:
         return
     suspects = [part for part in row.parts if part not in found]
-    found[suspects[0] if suspects else known.together(row.parts)] = row.verdict
+    found[suspects[0] if suspects else known.TOGETHER.join(row.parts)] = row.verdict
