@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from upcycle_cli.recipe.recipe import Growth as Growth
     from upcycle_cli.recipe.recipe import Recipe as Recipe
     from upcycle_cli.training import tie_virtual_groups as tie_virtual_groups
+    from upcycle_cli.verification.engines import EngineOptions as EngineOptions
     from upcycle_cli.verification.prompts import TextOptions as TextOptions
     from upcycle_cli.verification.verify import verify as verify
     from upcycle_cli.write.writer import WriteOptions as WriteOptions
 
 _PLACES = {
     "Destination": "publish.push",
+    "EngineOptions": "verification.engines",
     "Growth": "recipe.recipe",
     "MergeRequest": "plan.merge",
     "Options": "plan.output",

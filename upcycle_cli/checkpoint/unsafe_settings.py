@@ -79,7 +79,18 @@ def _named(config: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
 def refuse_unsafe_settings(
     source: Checkpoint, *, ignore_code: bool = False, parts: Iterable[str] = ()
 ) -> None:
-    """Raise UpcycleError for a source with unsafe settings or files.
+    """Raise UpcycleError for a source with unsafe settings or files; see `unsafe_settings`."""
+    if found := unsafe_settings(source, ignore_code=ignore_code, parts=parts):
+        raise UpcycleError(
+            f"{found[0]}. A conversion would differ from the model that people run.",
+            "If the model does not need it, remove it from a copy and convert the copy.",
+        )
+
+
+def unsafe_settings(
+    source: Checkpoint, *, ignore_code: bool = False, parts: Iterable[str] = ()
+) -> list[str]:
+    """Describe unsafe settings and files.
 
     With `ignore_code`, code in the source is accepted: models of this type shipped it before
     transformers had the architecture. `parts` is as for `unsafe_config_settings`.
@@ -96,8 +107,4 @@ def refuse_unsafe_settings(
     for pattern, effect in _FILES.items():
         # Many file systems ignore case.
         found += [f"{name} {effect}" for name in names if matches(name.casefold(), [pattern])]
-    if found:
-        raise UpcycleError(
-            f"{found[0]}. A conversion would differ from the model that people run.",
-            "If the model does not need it, remove it from a copy and convert the copy.",
-        )
+    return found

@@ -17,6 +17,8 @@ from upcycle_cli.core.display import Compact, Result, Row
 
 CHECK_NAMES = ("directory", "weights", "outputs")
 """The checks, in the order in which they run."""
+ENGINE = "engine:"
+"""How the name of a check in an engine begins."""
 TRAINED = "these weights were trained"
 """How the failure begins that explains all differences of a trained MoE."""
 TEXT_TOKENS = 768
@@ -110,16 +112,28 @@ class Report(Result):
         """Whether the chosen checks passed, or `allow_inexact` accepts a measurement."""
         found = {check.status for check in self.checks}
         asked = found == {Status.PASSED} and self.promise != "none"
-        return asked or (self.allow_inexact and self.status is Status.MEASURED)
+        measured = self.allow_inexact and self.status is Status.MEASURED
+        return asked or (measured and not self.not_run)
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """Why engines could not run a model, for each that could not; nothing failed then."""
+        skipped = [each for each in self.checks if each.status is Status.SKIPPED]
+        found = tuple(each.detail for each in skipped if each.name.startswith(ENGINE))
+        return () if self.status is Status.FAILED else found
 
     def __repr__(self) -> str:
         return super().__repr__().replace("(", f"(status='{self.status}', ", 1)
 
     def tables(self) -> Iterator[Iterable[Row]]:
         """Yield a table with a row per check, its failures below its detail."""
+        width = max(len(check.name) for check in self.checks)
         yield [
-            (f"{check.name:9}  {check.status}", [check.detail, *(f"- {f}" for f in check.failures)])
-            for check in self.checks
+            (
+                f"{each.name:{width}}  {each.status}",
+                [each.detail, *(f"- {f}" for f in each.failures)],
+            )
+            for each in self.checks
         ]
 
     def to_json(self, *, full: bool = False) -> dict[str, Any]:

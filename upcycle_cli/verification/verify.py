@@ -4,6 +4,7 @@
 - directory.py   compares files and settings
 - weights.py     compares every tensor (unbound.py: values that only the MoE has; explain.py: words)
 - outputs.py     runs both models on text with transformers' own code and nothing of the planner
+- engines.py     runs both models in inference engines
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ from upcycle_cli.checkpoint.storage import (
     read_json,
     refuse_missing,
 )
-from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_config_settings
+from upcycle_cli.checkpoint.unsafe_settings import (
+    refuse_unsafe_settings,
+    unsafe_config_settings,
+    unsafe_settings,
+)
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import reuse_freed_memory
+from upcycle_cli.core.safe_files import read_small
 from upcycle_cli.core.text import choose_from, listed
 from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
+from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.inputs import Inputs
@@ -40,11 +47,20 @@ from upcycle_cli.recipe.recipe import Promise
 from upcycle_cli.run.models import check_transformers, transformers_errors
 from upcycle_cli.verification import rebuild
 from upcycle_cli.verification.directory import check_directory
+from upcycle_cli.verification.engines import EngineOptions, check_engine
 from upcycle_cli.verification.prompts import TextOptions
-from upcycle_cli.verification.result import CHECK_NAMES, CheckResult, Findings, Report, Status
+from upcycle_cli.verification.result import (
+    CHECK_NAMES,
+    ENGINE,
+    CheckResult,
+    Findings,
+    Report,
+    Status,
+)
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.plan import Plan
+    from upcycle_cli.verification.outputs import Expectation
 
 
 def verify(  # noqa: PLR0913 - options, by name
@@ -62,6 +78,8 @@ def verify(  # noqa: PLR0913 - options, by name
     allow_inexact: bool = False,
     watch: Progress | None = None,
     fitted: Calibration | None = None,
+    engines: str | Sequence[str] = (),
+    engine_options: EngineOptions | None = None,
 ) -> Report:
     """Check an MoE against the dense model, or the smaller MoE, that it was made from.
 
@@ -71,7 +89,9 @@ def verify(  # noqa: PLR0913 - options, by name
     were fitted to, unless it was the built-in one. `texts` chooses the text that both models run
     on. `fail_fast` skips the checks after the first that fails. An MoE that does not promise
     equality is measured; `allow_inexact` accepts that. `watch` receives the progress. `fitted` is
-    the calibration of a conversion that has just run; without it, rows are fitted again.
+    the calibration of a conversion that has just run; without it, rows are fitted again. `engines`
+    are names of inference engines that both models run in, too, by `engine_options`: each is a
+    check `engine:NAME`, and is skipped if the engine cannot run one of them.
 
     Raises UpcycleError when a check cannot run: for an unknown check, an unusable directory, dense
     model, file or text, or a broken transformers. Damage to the MoE is a finding, not an error.
@@ -83,8 +103,12 @@ def verify(  # noqa: PLR0913 - options, by name
         what = f"'{unknown[0]}' is not a check." if unknown else "no check was chosen."
         raise UpcycleError(what, choose_from("".join(unknown[:1]), CHECK_NAMES))
     selected = [name for name in CHECK_NAMES if name in checks]
-    if "outputs" in selected:
+    in_engines = [*dict.fromkeys(map(str, listed(engines)))]
+    if "outputs" in selected or in_engines:
         check_transformers()  # before gigabytes are read
+    check_kind(engine_options, "EngineOptions")
+    engine_options = engine_options or EngineOptions()
+    engine_options.check(in_engines)
     places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
     others = [locate_model(*split_revision(str(place))) for place in listed(experts_from)]
     check_kind(texts, "TextOptions")
@@ -107,8 +131,9 @@ def verify(  # noqa: PLR0913 - options, by name
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from None
             return replace(_damaged(selected, error), paths=paths)
-        case = _Case(source, converted, files, texts, watch, fitted)
+        case = _Case(source, converted, files, texts, watch, engine_options, fitted)
         case.rebuild(more, given)
+        selected += [ENGINE + name for name in in_engines]
         return Report(
             checks=tuple(case.run(selected, fail_fast=fail_fast)),
             promise=str(Promise.NONE if case.plan is None else case.plan.promise),
@@ -131,6 +156,7 @@ class _Case:
     names: tuple[str, ...]
     texts: TextOptions
     watch: Progress
+    engine_options: EngineOptions
     fitted: Calibration | None = None
     plan: Plan | None = None
     record: rebuild.Record = field(default_factory=dict)
@@ -166,6 +192,8 @@ class _Case:
                 if imports is not None:
                     imports.exception()  # the check imports it again and reports any error
                 results.append(self._outputs())
+            elif name.startswith(ENGINE):
+                results.append(self._engine(name.removeprefix(ENGINE)))
             elif self.mismatch:
                 results.append(Findings([self.mismatch]).result(name, ""))
             elif self.plan is None:
@@ -194,16 +222,38 @@ class _Case:
         ]
         if unsafe:
             return Findings(unsafe).result("outputs", "", note="The MoE was not run.")
-        from upcycle_cli.verification.outputs import Expectation, check_outputs
+        from upcycle_cli.verification.outputs import check_outputs
 
         with transformers_errors():  # a broken transformers is an error, not damage
             pass
-        expected = Expectation(
-            promise=Promise.NONE, reason=self.mismatch or "its recipe is unknown"
+        return check_outputs(self.dense, self.moe, self._expected(), self.texts, self.watch)
+
+    def _engine(self, name: str) -> CheckResult:
+        """Run both models in an engine, shipped code only if it is what this version writes."""
+        code = None if self.plan is None else self.plan.code
+        trust = code is not None and self._ships(code)
+        parts = nested_configs(self.moe.config)
+        if unsafe := unsafe_settings(self.moe, ignore_code=trust, parts=parts):
+            return Findings(unsafe).result(ENGINE + name, "", note="The MoE was not run.")
+        expected = self._expected()
+        return check_engine(
+            name, self.dense, self.moe, expected, self.engine_options, self.texts, trust=trust
         )
+
+    def _ships(self, code: str) -> bool:
+        """Whether the only code of the MoE is this, and its config names nothing else."""
+        assert self.plan is not None
+        files = [name for name in self.moe.storage.names() if name.casefold().endswith(".py")]
+        named = self.moe.config.get("auto_map") == self.plan.config.get("auto_map")
+        held = read_small(self.moe.storage.local(CODE_NAME)) if files == [CODE_NAME] else b""
+        return named and held == code.encode()
+
+    def _expected(self) -> Expectation:
+        from upcycle_cli.verification.outputs import Expectation
+
         if self.plan is not None:
-            expected = rebuild.expectation(self.plan)
-        return check_outputs(self.dense, self.moe, expected, self.texts, self.watch)
+            return rebuild.expectation(self.plan)
+        return Expectation(promise=Promise.NONE, reason=self.mismatch or "its recipe is unknown")
 
 
 def _skipped(name: str, detail: str) -> CheckResult:

@@ -17,12 +17,17 @@ def verify(
     dense: Path,
     moe: Path,
     experts_from: list[Path],
+    engine: list[str],
     router_init: Path | None = None,
     calibration: Path | None = None,
     checks: str = "directory,weights,outputs",
     prompts: Path | None = None,
     tokens: int = TEXT_TOKENS,
     context: int | None = None,
+    engine_python: Path | None = None,
+    engine_dtype: str = "float32",
+    engine_timeout: int = 3600,
+    llama_cpp: Path | None = None,
     fail_fast: bool = False,
     dense_revision: str | None = None,
     moe_revision: str | None = None,
@@ -42,6 +47,7 @@ def verify(
 
         check_report_file(report, dense)
     from upcycle_cli.verification import verify as verification
+    from upcycle_cli.verification.engines import EngineOptions
     from upcycle_cli.verification.prompts import TextOptions
 
     json = json or json_full
@@ -60,6 +66,13 @@ def verify(
             moe_revision=moe_revision,
             allow_inexact=allow_inexact,
             watch=watch,
+            engines=engine,
+            engine_options=EngineOptions(
+                engine_python=engine_python,
+                engine_dtype=engine_dtype,
+                engine_timeout=engine_timeout,
+                llama_cpp=llama_cpp,
+            ),
         )
     raise_signal()
     if not json and not (quiet and found.accepted):
@@ -77,6 +90,8 @@ def verify(
         terminal.print_json(found.to_json(full=json_full))
     if found.status == "skipped":
         terminal.fail("no check could run, so nothing is proven.", EXIT_ERROR)
+    if found.not_run:
+        terminal.fail(options.with_flags(" ".join(found.not_run)), EXIT_ERROR)
     if found.status == "measured" and not found.accepted:
         terminal.talk("Not everything is proven. --allow-inexact accepts this result.")
     if not found.accepted:

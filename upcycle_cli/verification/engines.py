@@ -1,0 +1,257 @@
+"""The check `engine:NAME`: do both models compute the same in an inference engine?
+
+run/engine_runner.py runs one model after the other, each in a process of the engine's Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.text import choose_from
+from upcycle_cli.models.wrappers import wrapper_of
+from upcycle_cli.recipe.options import Promise
+from upcycle_cli.run import engine_runner
+from upcycle_cli.run.engine_runner import CONVERTER, ENGINES
+from upcycle_cli.run.models import load_config
+from upcycle_cli.run.texts import ROW_TOKENS
+from upcycle_cli.verification.engine_outputs import HESITATION, Output, compare
+from upcycle_cli.verification.prompts import TextOptions, make_prompt
+from upcycle_cli.verification.result import ENGINE, CheckResult, Findings, Status
+
+if TYPE_CHECKING:
+    from upcycle_cli.checkpoint.checkpoint import Checkpoint
+    from upcycle_cli.verification.outputs import Expectation
+
+_ROWS, _LENGTH, _MOST_LENGTH, _TOKENS = 4, 128, 1024, 16
+"""Rows of tokens, their usual and largest length, and how many tokens are generated after each."""
+_SHORT_SIGHTED = ("sliding_window", "original_max_position_embeddings")
+"""Keys of a config for the length beyond which attention or rotary embeddings change."""
+_ROUNDING = 1e-2
+"""The mean difference of log-probabilities that float32 may cause; GPUs may round to TF32."""
+_PACKAGES = {
+    "llama_cpp": "llama-cpp-python",
+    "mlx_lm": "mlx-lm",
+    "nemo_automodel": "nemo-automodel",
+}
+_TAKES = "Give the interpreter that has the engine, such as `engine_python` VENV/bin/python."
+
+
+class EngineError(Exception):
+    """An engine could not run a model; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How engines run both models."""
+
+    engine_python: Path | None = None
+    """The Python that has the engine; None for this one."""
+    engine_dtype: str = "float32"
+    """float32, or auto for the dtype of each checkpoint."""
+    engine_timeout: int = 3600
+    """How many seconds a model may take."""
+    llama_cpp: Path | None = None
+    """The directory of llama.cpp, with its convert_hf_to_gguf.py."""
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise UpcycleError for an unknown engine, or for one that this Python does not have."""
+        if self.engine_dtype not in ("float32", "auto"):
+            raise UpcycleError(
+                f"`engine_dtype` is {shown(self.engine_dtype)}.", "Use float32 or auto."
+            )
+        for name in names:
+            if name not in ENGINES:
+                raise UpcycleError(f"'{name}' is not an engine.", choose_from(name, ENGINES))
+            module, _ = ENGINES[name]
+            program = f"from importlib.util import find_spec as f; print(f({module!r}) is not None)"
+            try:
+                said = subprocess.check_output(  # noqa: S603 - the user's own Python
+                    [self.python, "-c", program], stderr=subprocess.STDOUT, env=self._environment()
+                )
+            except subprocess.CalledProcessError as error:
+                said = error.output
+            except OSError as error:
+                raise UpcycleError(
+                    f"cannot run {self.python}: {error.strerror}.", _TAKES
+                ) from error
+            match said.decode(errors="replace").strip():
+                case "True":
+                    pass
+                case "False":
+                    package = _PACKAGES.get(module, module)
+                    raise UpcycleError(
+                        f"the engine {name} is not installed: {self.python} has no {package}.",
+                        f"Install it (pip install {package}), or name the Python that has it by "
+                        "`engine_python`.",
+                    )
+                case other:
+                    what = f"{self.python} is not a Python: it printed {shown(other)}."
+                    raise UpcycleError(what, _TAKES)
+        if "llama.cpp" in names and not (self.llama_cpp and (self.llama_cpp / CONVERTER).is_file()):
+            what = (
+                f"{self.llama_cpp} has no" if self.llama_cpp else "the engine llama.cpp needs its"
+            )
+            hint = "Give the directory of llama.cpp's sources by `llama_cpp`."
+            raise UpcycleError(f"{what} {CONVERTER}.", hint)
+
+    @property
+    def python(self) -> str:
+        """The interpreter."""
+        return str(self.engine_python or sys.executable)
+
+    def _environment(self) -> dict[str, str]:
+        found = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        if self.engine_python:
+            found.pop("PYTHONPATH", None)  # it names packages of this Python
+            # Engines find their compilers in the environment's own directory.
+            found["PATH"] = (
+                f"{Path(self.python).absolute().parent}{os.pathsep}{found.get('PATH', '')}"
+            )
+        return found
+
+    def run(
+        self, name: str, model: Path, rows: list[list[int]], *, trust: bool
+    ) -> tuple[str, Output]:
+        """Return the engine's version and what it answers; raises EngineError."""
+        job = {"model": str(model), "rows": rows, "tokens": _TOKENS, "dtype": self.engine_dtype}
+        job |= {"trust": trust, "picture": None, "llama_cpp": str(self.llama_cpp)}
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(  # noqa: S603 - the user's own Python
+                [self.python, engine_runner.__file__, name],
+                env=self._environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                start_new_session=True,
+            ) as process,
+        ):
+            try:
+                found, _ = process.communicate(json.dumps(job).encode(), self.engine_timeout)
+            except subprocess.TimeoutExpired:
+                why = f"no answer in {self.engine_timeout} s; `engine_timeout` sets this limit"
+                raise EngineError(why) from None
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # also the processes that it started
+            said.seek(0)
+            reason = engine_runner.reason(said.read().decode(errors="replace"))
+        match process.returncode:
+            case 0:
+                pass
+            case code if code == -signal.SIGKILL:
+                raise EngineError(
+                    "the system killed it, most likely for lack of memory; it takes half of that "
+                    "with `engine_dtype` auto"
+                )
+            case code if code < 0:
+                raise EngineError(f"it ended with {signal.Signals(-code).name}: {reason}")
+            case _:
+                raise EngineError(reason)
+        try:
+            version, output = map(json.loads, found.splitlines())
+            rows_found = (
+                [*map(len, output["logprobs"])],
+                len(output["texts"]),
+                len(output["margins"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"it printed no answer, but {shown(found)}") from error
+        if rows_found[0] != [len(row) - 1 for row in rows] or not {*rows_found[1:]} <= {
+            0,
+            len(rows),
+        }:
+            raise EngineError("it answered for other rows")
+        return str(version), output
+
+
+def check_engine(
+    name: str,
+    dense: Checkpoint,
+    moe: Checkpoint,
+    expected: Expectation,
+    options: EngineOptions,
+    texts: TextOptions,
+    *,
+    trust: bool,
+) -> CheckResult:
+    """Compare both models in an engine; `trust` lets it run the code that the MoE ships.
+
+    The check is skipped if the engine cannot run one of the models.
+    """
+    rows, check = _rows(dense, texts), ENGINE + name
+    what = expected.source
+    try:
+        version, wanted = options.run(name, dense.path, rows, trust=False)
+        what = "MoE"
+        _, found = options.run(name, moe.path, rows, trust=trust)
+    except EngineError as error:
+        detail = f"{name} could not run the {what}: {error}."
+        return CheckResult(name=check, status=Status.SKIPPED, detail=detail)
+    exact = expected.promise is Promise.EXACT and expected.is_lossless
+    tolerance = _ROUNDING if exact and options.engine_dtype == "float32" else HESITATION
+    agreement = compare(found, wanted, tolerance, on_average=True)
+    total = sum(map(len, wanted["texts"]))
+    texts_agree = (
+        f"; {agreement.text_tokens} of {total} greedy tokens are the same" if total else ""
+    )
+    measured = (
+        f"{name} {version}, {options.engine_dtype}, {len(rows)} rows of {len(rows[0])} tokens: "
+        f"log-probabilities differ by {agreement.mean:.2g} on average and {agreement.largest:.2g} "
+        f"at most{texts_agree}."
+    )
+    metrics = {
+        "logprob_diff_mean": agreement.mean,
+        "logprob_diff_max": agreement.largest,
+        "same_text_tokens": agreement.text_tokens,
+        "text_tokens": total,
+    }
+    findings = Findings([agreement.difference] if agreement.difference else [])
+    if expected.promise is Promise.NONE:
+        detail = f"This MoE does not promise equality, so it was measured: {expected.reason}."
+        result = Findings().result(check, f"{detail} {measured}", metrics)
+        return replace(result, status=Status.MEASURED)
+    same = f"Both models compute the same in this engine. {measured}"
+    return findings.result(check, same, metrics, measured if findings else "")
+
+
+def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:
+    """Return tokens of text, and random ones: beyond windows and original lengths that are short.
+
+    A `context` gives one row of this length.
+    """
+    config = load_config(dense.path).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
+    limits = [limit + _LENGTH // 2 for limit in _limits(dense.config) if limit <= _MOST_LENGTH]
+    length = min(max([_LENGTH, *limits]), longest - _TOKENS)
+    texts = replace(texts, tokens=(_ROWS - 1) * length)
+    ids_BS = make_prompt(dense, texts, b"").ids
+    if texts.context is not None:
+        return [row[: longest - _TOKENS] for row in ids_BS.tolist()]
+    ids = ids_BS.flatten().tolist()
+    if wrapper_of(dense.config) is not None:
+        # Tokens that stand for pictures need a picture.
+        special = {value for key, value in dense.config.items() if "token" in key}
+        ids = [token for token in ids if token not in special]
+    return [ids[begin : begin + length] for begin in range(0, len(ids) - length + 1, length)][
+        :_ROWS
+    ]
+
+
+def _limits(value: Any) -> Iterator[int]:  # noqa: ANN401 - any JSON
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in _SHORT_SIGHTED and isinstance(inner, int):
+                yield inner
+            yield from _limits(inner)
