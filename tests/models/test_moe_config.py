@@ -142,6 +142,17 @@ def test_old_rope_keys_are_written_for_new_ones() -> None:
     assert "rope_scaling" not in moe
 
 
+@pytest.mark.parametrize("kind", ["longrope", "yarn"])
+def test_phi3_scales_rope_by_longrope_whatever_it_is_called(kind: str) -> None:
+    """An original length beside the scaling, or its default, overrides the one inside."""
+    scaling = {"type": kind, "short_factor": [1.0], "long_factor": [2.0]}
+    config = tiny_config("phi3", head_dim=2, hidden_size=4, rope_scaling=dict(scaling))
+    moe = converted(config, "glm4_moe", RECIPE)
+    theirs = transformers_config(config | {"num_attention_heads": 2})
+    assert transformers_config(moe).rope_parameters == {**theirs.rope_parameters, "type": kind}
+    assert moe["rope_scaling"]["original_max_position_embeddings"] == 4096
+
+
 def test_former_keys_win() -> None:
     """The first LFM2 models use former keys, which transformers prefers to the present ones."""
     old = {"block_ff_dim": 96, "tie_embedding": False, "block_auto_adjust_ff_dim": False}

@@ -128,6 +128,10 @@ _CHECKED_IF_READ: Mapping[str, _Rule] = {
 }
 
 
+_ROPE_NAMES: Mapping[str, Mapping[str, str]] = {"phi3": {"yarn": "longrope"}}
+"""Names of rope scaling, by model type, that transformers takes for others."""
+
+
 class ConfigValues:
     """Reads settings from a config, with the defaults of its model type."""
 
@@ -135,6 +139,7 @@ class ConfigValues:
         self, config: Mapping[str, Any], model_type: str, keys: Mapping[str, str] | None = None
     ) -> None:
         self.config, self.defaults, self.keys = config, defaults_of(model_type), keys or {}
+        self.rope_names = _ROPE_NAMES.get(model_type, {})
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return a setting; raises UpcycleError for an invalid one."""
@@ -199,6 +204,7 @@ class ConfigValues:
         theta = self._checked("rope_theta", {**self.config, **inside})
         scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
+        kind = self.rope_names.get(kind, kind) if isinstance(kind, str) else kind
         kinds = table("defaults")["rope_kinds"]
         if kind not in kinds:
             raise UpcycleError(
