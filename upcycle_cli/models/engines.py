@@ -13,6 +13,7 @@ shipped code is one.
 - settings     by trainer and target, or by how the target is balanced (loss, no loss): what to set
 - by_routing   by trainer and routing: what else to set; where_tied: by trainer, for a tied head
 - precision    by trainer: where float32 master weights come from
+- by_source    trainers by their source, not run: the attention that each target allows
 - all_linear   what peft's `target_modules="all-linear"` reaches; attention only if not listed
 
 Settings may contain $num_experts, $parameters (the experts' weights) and $reached (all_linear).
@@ -50,12 +51,14 @@ class Support(StrEnum):
     CHANGES = "gives back other tensors"
     REFUSES = "does not load it"
     NOT_TRIED = "not tried"
+    LOADS_BY_SOURCE = "by the source of 0.7.0 (not run) loads it"
+    WRONG_BY_SOURCE = "by the source of 0.7.0 (not run) computes something else"
 
 
 UNTIED = (Support.UNTIED_ONLY, Support.UNTIED_OR_WRONG)
 SILENTLY_WRONG = {
     *(Support.UNTIED_OR_WRONG, Support.BALANCED_OR_WRONG, Support.PER_EXPERT_OR_WRONG),
-    *(Support.WRONG, Support.WRONG_ON_CPU, Support.CHANGES),
+    *(Support.WRONG, Support.WRONG_ON_CPU, Support.CHANGES, Support.WRONG_BY_SOURCE),
 }
 """What software does without an error."""
 
@@ -97,9 +100,9 @@ ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 """In the order in which they are listed, after transformers 5."""
 OTHERS = ("vLLM by transformers", "lm-eval", "mergekit")
 """Software without an engine of its own: listed only if it computes something else."""
-TRAINERS = ("transformers", "TRL", "peft", "torchtitan", "NeMo AutoModel", "OLMo-core")
-_OWN_CLASSES = ("torchtitan", "OLMo-core")
-"""Trainers without transformers' classes: listed only for targets that were tried."""
+_OWN_CLASSES = ("torchtitan", "OLMo-core", "Megatron-Bridge")
+"""Trainers without transformers' classes: listed only for targets that they have code for."""
+TRAINERS = ("transformers", "TRL", "peft", "NeMo AutoModel", *_OWN_CLASSES)
 SAME, DIFFERS, FAILS = "same", "differs", "refuses"
 """Verdicts: the software computed what the dense model computes, something else, or nothing."""
 DIFFERS_ON_CPU, CHANGED = "differs on a CPU", "changed"
@@ -211,12 +214,12 @@ def _judged(
     several = [part for part in known if TOGETHER in part and {*part.split(TOGETHER)} <= {*parts}]
     # Where a model with some of these properties fails, this one does, unless it was measured.
     fewer = [p for p in known if {*p.removeprefix(_ATTENTION).split(", ")} < held]
-    for part in (*several, *parts, *(() if parts[-1] in known else sorted(fewer, key=len))):
-        verdict = known.get(part, SAME)
+    tried = (*several, *parts, *(() if parts[-1] in known else sorted(fewer, key=len)))
+    failed = [(part, known[part]) for part in tried if known.get(part, SAME) != SAME]
+    for part, verdict in sorted(failed, key=lambda each: each in _SUPPORT):  # no option helps first
         if (remedy := _SUPPORT.get((part, verdict))) is not None:
             return remedy, "", version
-        if verdict != SAME:
-            return _OTHER_SUPPORT[verdict], _cause(part, known), version
+        return _OTHER_SUPPORT[verdict], _cause(part, known), version
     missing = " and ".join(_cause(part, known) for part in parts if part not in known)
     return Support.NOT_TRIED if missing else Support.RUNS, missing, version
 
@@ -258,10 +261,14 @@ def trainers(
     }
     found = []
     for name in TRAINERS:
-        verdicts = _known(kind, name)
-        if verdicts == {} or (verdicts is None and name in _OWN_CLASSES):
+        verdicts, read = _known(kind, name), known["by_source"].get(name, {}).get(kind)
+        if verdicts == {} or (verdicts is read is None and name in _OWN_CLASSES):
             continue
         support, cause, version = _judged(name, verdicts, traits)
+        if read is not None and not verdicts:
+            ignored = sorted({*traits.attention.split(", ")} - {PLAIN, *read})
+            support = Support.WRONG_BY_SOURCE if ignored else Support.LOADS_BY_SOURCE
+            cause = " and ".join(ignored)
         if support is Support.PER_EXPERT_ONLY and ExpertLayout.PER_EXPERT not in target.layouts:
             support = Support.REFUSES
         settings = known["settings"][name]

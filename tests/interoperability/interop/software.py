@@ -56,6 +56,8 @@ class Software:
     """What pip installs, too, where the environment is to last: it prepares pictures."""
     unwanted: tuple[str, ...] = ()
     """What pip brings along and has to go again."""
+    bare: tuple[str, ...] = ()
+    """What pip installs without what it asks for; the version is asked of the first."""
     environment: Mapping[str, str] = field(default_factory=dict)
     generates: bool = True
     """Whether it runs the model; the others say what they found wrong with a checkpoint."""
@@ -85,7 +87,7 @@ class Software:
     @property
     def package(self) -> str:
         """The package that the version is asked of."""
-        return Requirement(self.packages[0]).name
+        return Requirement((*self.bare, *self.packages)[0]).name
 
 
 _PICTURES = ("pillow", "torchvision")
@@ -156,7 +158,7 @@ def install(software: Software, beside: Path | None = None) -> Path:
         return Path(sys.executable)
     folder = (beside or CACHE) / (software.beside or software.name).replace(" ", "-")
     done, python = folder / "installed", folder / "bin" / "python"
-    wanted = software.packages if beside else (*software.packages, *software.more)
+    wanted = (*software.packages, *software.bare, *(() if beside else software.more))
     if done.is_file() and done.read_text() == repr(wanted):
         return python
     shutil.rmtree(folder, ignore_errors=True)
@@ -165,6 +167,8 @@ def install(software: Software, beside: Path | None = None) -> Path:
         packages = get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
         (Path(packages) / "beside.pth").write_text(f"{get_path('purelib')}\n")
     _pip(python, "install", *software.packages)
+    if software.bare:
+        _pip(python, "install", "--no-deps", *software.bare)
     if software.unwanted:
         _pip(python, "uninstall", "--yes", *software.unwanted)
     if software.more and not beside:

@@ -44,11 +44,14 @@ TRAINERS = (
         *("olmo_core_flex", "OLMo-core", "ai2-olmo-core[transformers]", "torch"),
         targets=("flex_olmo",),
     ),
+    _trainer(
+        *("megatron_bridge", "Megatron-Bridge", *_TRANSFORMERS),
+        *("hydra-core", "omegaconf", "einops", "triton"),
+        bare=("megatron-bridge", "megatron-core"),  # they ask for kernels for CUDA
+        targets=("qwen3_moe", "glm4_moe"),  # deepseek_v3 needs attention of Transformer Engine
+    ),
 )
 STOPPED: Mapping[str, str] = {
-    "Megatron-Bridge": "0.3.1 wants mamba-ssm, causal-conv1d and Transformer Engine, which are "
-    "built for CUDA; installed without these, importing it ends with `No module named "
-    "'transformer_engine'`",
     "prime-rl": "is not on PyPI, and wants Python 3.12, vLLM and kernels for CUDA",
 }
 """What could not be run without a GPU, and what stopped it."""
