@@ -8,11 +8,12 @@ A table lies between two comments of its page, `<!-- table: NAME -->` and `<!-- 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from string import ascii_letters
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "interoperability"), str(TESTS), str(TESTS.parent)]
@@ -24,6 +25,7 @@ from interop.results import table as table_of_results
 from upcycle_cli.models import engines as software
 from upcycle_cli.models.attention import PLAIN
 from upcycle_cli.models.defaults import table
+from upcycle_cli.models.dense import read_dense
 from upcycle_cli.models.dense_rows import DENSE
 from upcycle_cli.models.engines import (
     DIFFERS,
@@ -31,6 +33,7 @@ from upcycle_cli.models.engines import (
     FUSED,
     SAME,
     SCALED,
+    SILENTLY_WRONG,
     TIED,
     TRAINERS,
     Support,
@@ -39,10 +42,10 @@ from upcycle_cli.models.engines import (
     trainers,
     usual_attention,
 )
-from upcycle_cli.models.lookup import native_target, shipped_target
+from upcycle_cli.models.lookup import dense_family, native_target, shipped_target
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.overview import families
+from upcycle_cli.models.overview import TargetFacts, becomes, families
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
@@ -50,13 +53,13 @@ from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
 FOLDER = Path(__file__).parent
 PAGES = (
     *("reference/families.md", "reference/compatibility.md"),
-    *("evidence/engines.md", "evidence/training.md"),
+    *("evidence/engines.md", "evidence/training.md", "evidence/models.md"),
 )
 _TABLE = re.compile(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", re.DOTALL)
 _ENGINES = ("transformers 4", "vLLM", "llama.cpp", "MLX")
 _UNTESTED = "–"
 _USUAL_TRAINERS = "transformers, TRL, peft"
-_OTHER_TRAINERS = "NeMo AutoModel, torchtitan, OLMo-core"
+_OTHER_TRAINERS = "NeMo AutoModel, torchtitan, OLMo-core, Megatron-Bridge"
 _WORDS = {
     Support.RUNS: "yes",
     Support.REFUSES: "no",
@@ -67,7 +70,15 @@ _WORDS = {
     Support.BALANCED_OR_WRONG: "`--scale-split balanced`, or wrong",
     Support.PER_EXPERT_ONLY: "per-expert",
 }
-_FAILURES = {"no", "wrong", "wrong on CPU"}
+NAMED_MODELS = FOLDER.parent / "tests/fixtures/named_models.json"
+_ANSWERS: Mapping[str, Collection[Support]] = {
+    "computes the same": {Support.RUNS},
+    "needs an option": {each for each in Support if "--" in each},
+    "computes something else": SILENTLY_WRONG - {each for each in Support if "--" in each},
+    "does not load it": {Support.REFUSES},
+    "by its source, not run": {Support.LOADS_BY_SOURCE},
+    "not tried": {Support.NOT_TRIED},
+}
 
 
 def page(name: str) -> str:
@@ -169,16 +180,7 @@ def _words(target: Target, name: str, *, engines: bool) -> str:
     said = ", ".join(f"{routing} {word}" for routing, word in words.items())
     if len({*words.values()}) == 1:
         said = next(iter(words.values()))
-    return "; ".join(_classes(known, said)) if {*words.values()} - _FAILURES else said
-
-
-def _classes(known: Mapping[str, str], same: str) -> Iterator[str]:
-    """Yield letters of attention classes with what was found: the words `same`, or a failure."""
-    letters = dict(zip(_all_classes(), ascii_letters, strict=False))
-    for verdict, words in ((SAME, same), (DIFFERS, "wrong"), (FAILS, "no")):
-        found = [letters[part] for part in letters if known.get(part) == verdict]
-        if found:
-            yield f"{''.join(found)}: {words}"
+    return said
 
 
 def _all_classes() -> list[str]:
@@ -190,8 +192,17 @@ def _all_classes() -> list[str]:
 
 
 def _attention() -> Iterator[str]:
-    for letter, part in zip(ascii_letters, _all_classes(), strict=False):
-        yield f"- **{letter}**: {part.removeprefix(attention_part(''))}"
+    """Yield what was measured of each target with each attention class."""
+    verdicts = {SAME: "same", DIFFERS: "differs", FAILS: "refuses"}
+    yield from _header("target", "attention", *verdicts.values())
+    for target, known in table("engines")["targets"].items():
+        for part in _all_classes():
+            cells = [
+                ", ".join(name for name, found in known.items() if found.get(part) == verdict)
+                for verdict in verdicts
+            ]
+            if any(cells):
+                yield _row(target, part.removeprefix(attention_part("")), *cells)
 
 
 def _shipped() -> Iterator[Mapping[str, Mapping[str, str]]]:
@@ -222,6 +233,51 @@ def _measured(*, trainers: bool) -> Iterator[str]:
     yield from table_of_results(rows, [*names]).splitlines()
 
 
+def _named() -> Iterator[str]:
+    """Yield what becomes of released models by name, those with the same answers in one row."""
+    yield from _header("model", "target", "attention", *_ANSWERS)
+    alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    models: dict[str, Any] = json.loads(NAMED_MODELS.read_text(encoding="utf-8"))
+    for name, config in models.items():
+        tensors = read_dense(dense_family(config), config).shapes
+        rows = tuple(_answers(facts) for facts in becomes(config, [*tensors]))
+        alike.setdefault(rows, []).append(name)
+    for rows, names in alike.items():
+        first = dict.fromkeys(rows[:1], ", ".join(names))
+        yield from (_row(first.get(row, ""), *row) for row in rows)
+
+
+def _answers(facts: TargetFacts) -> tuple[str, ...]:
+    """Return a target, the attention of the model in it, and software by what it makes of it."""
+    if facts.refusal is not None:
+        return (facts.name, facts.refusal, *[""] * len(_ANSWERS))
+    kinds = (
+        ("", facts.engines, facts.other_engines),
+        ("trainers: ", facts.trainers, facts.other_trainers),
+    )
+    cells = []
+    for supports in _ANSWERS.values():
+        said = []
+        for label, able, others in kinds:
+            names = [_with(name, routings, facts) for name, routings in able.items()]
+            names = names * (Support.RUNS in supports)
+            names += [_with_option(each) for each in others if each.support in supports]
+            said += [label + ", ".join(names)] * bool(names)
+        cells.append("; ".join(said))
+    return (facts.name, facts.attention, *cells)
+
+
+def _with(name: str, routings: Collection[str], facts: TargetFacts) -> str:
+    """Return a software that runs a target, with the routing if it is not the default."""
+    return name if facts.routings[0] in routings else f"{name} ({', '.join(routings)})"
+
+
+def _with_option(each: software.Engine) -> str:
+    """Return a software with the option that it needs, if any."""
+    _, dashes, option = each.support.partition("--")
+    return f"{each.name} (`{dashes}{option}`)" if option else each.name
+
+
 def _header(*names: str) -> tuple[str, str]:
     return _row(*names), f"|{'---|' * len(names)}"
 
@@ -231,7 +287,8 @@ def _row(*cells: str) -> str:
 
 
 _TABLES = {"dense": _dense, "wrappers": _wrappers, "targets": _targets, "software": _software}
-_TABLES |= {"engines": _engines, "trainers": _trainers, "attention": _attention}
+_TABLES |= {"engines": _engines, "trainers": _trainers, "named": _named}
+_TABLES["attention"] = _attention
 
 
 if __name__ == "__main__":
