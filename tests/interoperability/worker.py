@@ -28,8 +28,14 @@ from engine_runner import ENGINES, ENVIRONMENT, reason
 Job = dict[str, Any]
 Run = Callable[[Job], Any]
 """What a software makes of a job; it may raise, exit or crash."""
-USED = {"llama_cpp": ("torch", "transformers")}
-"""What else is worth importing once."""
+_AUTO = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
+USED = {
+    "transformers": ("transformers.generation.utils", "transformers.modeling_utils", *_AUTO),
+    "vllm": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.engine.llm_engine"),
+    "llama_cpp": ("torch", "gguf", "transformers.modeling_utils", *_AUTO),
+    "mlx_lm": ("mlx_lm.generate", "mlx_lm.utils"),
+}
+"""What an engine imports with its first model only: worth importing once."""
 
 
 def answer_all(run: Run) -> None:
