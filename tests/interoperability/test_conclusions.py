@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -157,7 +156,9 @@ def test_verdicts_that_contradict_each_other_are_refused() -> None:
     one, other = (Case(dense, "mixtral", "E4G2T4", EXACT) for dense in ("mistral", "iquestcoder"))
     same = {EXACT: SAME, known.attention_part(PLAIN): SAME}
     assert measured([Row(one, "MLX", SAME)]) == {"mixtral": {"MLX": same}}
-    with pytest.raises(ValueError, match=r"MLX, mixtral, topk-softmax.*: same, and refuses in"):
+    with pytest.raises(
+        ValueError, match=r"MLX, iquestcoder → mixtral.*: same, and refuses in another row"
+    ):
         measured([Row(one, "MLX", FAILS), Row(other, "MLX", SAME)])
 
 
@@ -275,27 +276,17 @@ def test_families_and_the_reference_say_what_the_rows_show() -> None:
         kind = next((t for t in TARGETS if t.split()[-1] == target.name), target.name)
         for name in {**target.engines, **target.trainers}.keys() - {"transformers"}:
             assert (kind, name, known.attention_part(target.attention), SAME) in verdicts
-    page = (HERE.parents[1] / "docs" / "reference" / "compatibility.md").read_text("utf-8")
-    letters = dict(re.findall(r"(?m)^- \*\*(\w)\*\*: (.+)$", page))
-    header, *rows = re.findall(r"(?m)^\| (.+?) \|$", page.split("<!-- table: software -->")[1])
+    page = (HERE.parents[1] / "docs" / "evidence" / "models.md").read_text("utf-8")
+    header, _, *rows = (
+        page.split("<!-- table: attention -->\n")[1].split("<!-- end -->")[0].splitlines()
+    )
+    _, _, *columns = header.strip("| ").split(" | ")
     said = set()
     for line in rows:
-        names, *cells = line.split(" | ")
-        for column, cell in zip(header.split(" | ")[1:], cells, strict=True):
-            each = dict(re.findall(r"([\w -]+) \((.+?)\)", cell)) or {column: cell}
-            for (name, found), target in product(each.items(), names.split(", ")):
-                inner, _, outer = target.partition(" in ")
-                for held, words in re.findall(r"(\w+): ([^;]+)", found):
-                    verdict = {"wrong": DIFFERS, "no": FAILS}.get(words, SAME)
-                    said |= {
-                        (
-                            f"{outer} around {inner}" if outer else inner,
-                            software.strip(),
-                            known.attention_part(letters[letter]),
-                            verdict,
-                        )
-                        for software, letter in product(name.split(", "), held)
-                    }
+        title, attention, *cells = (cell.strip() for cell in line[1:-1].split("|"))
+        for verdict, cell in zip(columns, cells, strict=True):
+            for software in filter(None, cell.split(", ")):
+                said.add((title, software, known.attention_part(attention), verdict))
     assert said - verdicts == set()
     assert len(said) > 100
 

@@ -97,12 +97,14 @@ def measured(rows: Sequence[Row]) -> Measured:
 
 
 def _refuse_contradictions(said: Measured, rows: Sequence[Row]) -> None:
-    for row in rows:
-        found = said[row.target].get(row.software, {})
-        for part, verdict in found.items():
-            if row.verdict == SAME != verdict and {*part.split(known.TOGETHER)} <= {*row.parts}:
-                words = f"{row.software}, {row.target}, {'; '.join(row.parts)}"
-                raise ValueError(f"{words}: same, and {verdict} in another row")
+    wrong = [
+        f"{row.software}, {row.case.name}: same, and {verdict} in another row with {part}"
+        for row in rows
+        for part, verdict in said[row.target].get(row.software, {}).items()
+        if row.verdict == SAME != verdict and {*part.split(known.TOGETHER)} <= {*row.parts}
+    ]
+    if wrong:
+        raise ValueError("\n".join(wrong))
 
 
 def _order(row: Row) -> tuple[bool, int, int]:
