@@ -123,7 +123,8 @@ def _verdict(report: Report, dense: str) -> str:
         names = ", ".join(check.name for check in failed)
         words += f": {counted(len(failed), 'check')} failed ({names})"
     ran = {check.name for check in report.checks if check.status is not Status.SKIPPED}
-    missing = ", ".join(name for name in CHECK_NAMES if name not in ran)
+    asked = dict.fromkeys((*CHECK_NAMES, *(check.name for check in report.checks)))
+    missing = ", ".join(name for name in asked if name not in ran)
     return f"{words}. Not checked: {missing}." if missing else f"{words}."
 
 

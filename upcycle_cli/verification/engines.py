@@ -197,7 +197,7 @@ def check_engine(
         what = "MoE"
         _, found = options.run(name, moe.path, rows, trust=trust)
     except EngineError as error:
-        detail = f"{name} could not run the {what}: {error}."
+        detail = f"{name} could not run the {what}: {str(error).rstrip('.')}."
         return CheckResult(name=check, status=Status.SKIPPED, detail=detail)
     exact = expected.promise is Promise.EXACT and expected.is_lossless
     tolerance = _ROUNDING if exact and options.engine_dtype == "float32" else HESITATION

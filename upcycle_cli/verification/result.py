@@ -127,7 +127,7 @@ class Report(Result):
 
     def tables(self) -> Iterator[Iterable[Row]]:
         """Yield a table with a row per check, its failures below its detail."""
-        width = max(len(check.name) for check in self.checks)
+        width = max(len(name) for name in (*CHECK_NAMES, *(each.name for each in self.checks)))
         yield [
             (
                 f"{each.name:{width}}  {each.status}",

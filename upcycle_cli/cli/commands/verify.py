@@ -91,7 +91,8 @@ def verify(
     if found.status == "skipped":
         terminal.fail("no check could run, so nothing is proven.", EXIT_ERROR)
     if found.not_run:
-        terminal.fail(options.with_flags(" ".join(found.not_run)), EXIT_ERROR)
+        hint = "This is about the engine: what the other checks found holds."
+        terminal.fail(options.with_flags(" ".join(found.not_run)), EXIT_ERROR, hint)
     if found.status == "measured" and not found.accepted:
         terminal.talk("Not everything is proven. --allow-inexact accepts this result.")
     if not found.accepted:
