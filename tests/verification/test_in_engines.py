@@ -163,12 +163,13 @@ def test_an_engine_in_checkpoint_dtypes_may_be_off_by_more(
             {"engine_dtype": "int8"},
             "`engine_dtype` is 'int8'.\nUse float32 or auto.",
         ),
+        ("transformers", {"engine_timeout": 0}, "`engine_timeout` must be 1 or more, not 0."),
     ],
 )
 def test_engines_that_cannot_be_used(
-    dense: Path, mixtral: Path, engine: str, options: dict[str, str], words: str
+    dense: Path, mixtral: Path, engine: str, options: dict[str, Any], words: str
 ) -> None:
-    given = {key: Path(value) if key != "engine_dtype" else value for key, value in options.items()}
+    given = {key: Path(v) if key == "engine_python" else v for key, v in options.items()}
     with pytest.raises(UpcycleError) as error:
         verify(dense, mixtral, engines=[engine], engine_options=EngineOptions(**given))  # type: ignore[arg-type]
     assert words.format(python=sys.executable) in str(error.value)

@@ -23,7 +23,7 @@ from upcycle_cli.models.wrappers import wrapper_of
 from upcycle_cli.recipe.options import Promise
 from upcycle_cli.run import engine_runner
 from upcycle_cli.run.engine_runner import CONVERTER, ENGINES
-from upcycle_cli.run.models import load_config
+from upcycle_cli.run.models import load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS
 from upcycle_cli.verification.engine_outputs import HESITATION, Output, compare
 from upcycle_cli.verification.prompts import TextOptions, make_prompt
@@ -39,12 +39,7 @@ _SHORT_SIGHTED = ("sliding_window", "original_max_position_embeddings")
 """Keys of a config for the length beyond which attention or rotary embeddings change."""
 _ROUNDING = 1e-2
 """The mean difference of log-probabilities that float32 may cause; GPUs may round to TF32."""
-_PACKAGES = {
-    "llama_cpp": "llama-cpp-python",
-    "mlx_lm": "mlx-lm",
-    "nemo_automodel": "nemo-automodel",
-}
-_TAKES = "Give the interpreter that has the engine, such as `engine_python` VENV/bin/python."
+_HINT = "Give the interpreter that has the engine, such as `engine_python` VENV/bin/python."
 
 
 class EngineError(Exception):
@@ -67,43 +62,41 @@ class EngineOptions:
     def check(self, names: Sequence[str]) -> None:
         """Raise UpcycleError for an unknown engine, or for one that this Python does not have."""
         if self.engine_dtype not in ("float32", "auto"):
-            raise UpcycleError(
-                f"`engine_dtype` is {shown(self.engine_dtype)}.", "Use float32 or auto."
-            )
+            what = f"`engine_dtype` is {shown(self.engine_dtype)}."
+            raise UpcycleError(what, "Use float32 or auto.")
+        if self.engine_timeout < 1:
+            raise UpcycleError(f"`engine_timeout` must be 1 or more, not {self.engine_timeout}.")
         for name in names:
             if name not in ENGINES:
                 raise UpcycleError(f"'{name}' is not an engine.", choose_from(name, ENGINES))
             module, _ = ENGINES[name]
             program = f"from importlib.util import find_spec as f; print(f({module!r}) is not None)"
             try:
-                said = subprocess.check_output(  # noqa: S603 - the user's own Python
-                    [self.python, "-c", program], stderr=subprocess.STDOUT, env=self._environment()
+                found = subprocess.check_output(  # noqa: S603 - the user's own Python
+                    [self.python, "-c", program],
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(),
+                    timeout=60,
                 )
-            except subprocess.CalledProcessError as error:
-                said = error.output
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                found = error.output or b""
             except OSError as error:
+                raise UpcycleError(f"cannot run {self.python}: {error.strerror}.", _HINT) from error
+            said = found.decode(errors="replace").strip()
+            if said == "False":
+                package = f"{module.replace('_', '-')}{'-python' * (module == 'llama_cpp')}"
                 raise UpcycleError(
-                    f"cannot run {self.python}: {error.strerror}.", _TAKES
-                ) from error
-            match said.decode(errors="replace").strip():
-                case "True":
-                    pass
-                case "False":
-                    package = _PACKAGES.get(module, module)
-                    raise UpcycleError(
-                        f"the engine {name} is not installed: {self.python} has no {package}.",
-                        f"Install it (pip install {package}), or name the Python that has it by "
-                        "`engine_python`.",
-                    )
-                case other:
-                    what = f"{self.python} is not a Python: it printed {shown(other)}."
-                    raise UpcycleError(what, _TAKES)
+                    f"the engine {name} is not installed: {self.python} has no {package}.",
+                    f"Install it (pip install {package}), or name the Python that has it by "
+                    "`engine_python`.",
+                )
+            if said != "True":
+                what = f"{self.python} is not a Python: it printed {shown(said)}."
+                raise UpcycleError(what, _HINT)
         if "llama.cpp" in names and not (self.llama_cpp and (self.llama_cpp / CONVERTER).is_file()):
-            what = (
-                f"{self.llama_cpp} has no" if self.llama_cpp else "the engine llama.cpp needs its"
-            )
+            who = f"{self.llama_cpp} has no" if self.llama_cpp else "the engine llama.cpp needs its"
             hint = "Give the directory of llama.cpp's sources by `llama_cpp`."
-            raise UpcycleError(f"{what} {CONVERTER}.", hint)
+            raise UpcycleError(f"{who} {CONVERTER}.", hint)
 
     @property
     def python(self) -> str:
@@ -114,10 +107,9 @@ class EngineOptions:
         found = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if self.engine_python:
             found.pop("PYTHONPATH", None)  # it names packages of this Python
-            # Engines find their compilers in the environment's own directory.
-            found["PATH"] = (
-                f"{Path(self.python).absolute().parent}{os.pathsep}{found.get('PATH', '')}"
-            )
+            # Engines look for their compilers there.
+            folder = str(Path(self.python).absolute().parent)
+            found["PATH"] = os.pathsep.join([folder, found.get("PATH", "")])
         return found
 
     def run(
@@ -128,7 +120,7 @@ class EngineOptions:
         job |= {"trust": trust, "picture": None, "llama_cpp": str(self.llama_cpp)}
         with (
             tempfile.TemporaryFile() as said,
-            subprocess.Popen(  # noqa: S603 - the user's own Python
+            subprocess.Popen(  # noqa: S603 - likewise
                 [self.python, engine_runner.__file__, name],
                 env=self._environment(),
                 stdin=subprocess.PIPE,
@@ -147,31 +139,18 @@ class EngineOptions:
                     os.killpg(process.pid, signal.SIGKILL)  # also the processes that it started
             said.seek(0)
             reason = engine_runner.reason(said.read().decode(errors="replace"))
-        match process.returncode:
-            case 0:
-                pass
-            case code if code == -signal.SIGKILL:
-                raise EngineError(
-                    "the system killed it, most likely for lack of memory; it takes half of that "
-                    "with `engine_dtype` auto"
-                )
-            case code if code < 0:
-                raise EngineError(f"it ended with {signal.Signals(-code).name}: {reason}")
-            case _:
-                raise EngineError(reason)
+        if (code := process.returncode) == -signal.SIGKILL:
+            reason = "the system killed it, most likely for lack of memory, of which `engine_dtype`"
+            raise EngineError(f"{reason} auto needs half")
+        if code:
+            ended = f"it ended with {signal.Signals(-code).name}: " if code < 0 else ""
+            raise EngineError(f"{ended}{reason}")
         try:
             version, output = map(json.loads, found.splitlines())
-            rows_found = (
-                [*map(len, output["logprobs"])],
-                len(output["texts"]),
-                len(output["margins"]),
-            )
+            shape = [*map(len, output["logprobs"])], len(output["texts"]) - len(output["margins"])
         except (ValueError, TypeError, KeyError) as error:
             raise EngineError(f"it printed no answer, but {shown(found)}") from error
-        if rows_found[0] != [len(row) - 1 for row in rows] or not {*rows_found[1:]} <= {
-            0,
-            len(rows),
-        }:
+        if shape != ([len(row) - 1 for row in rows], 0):
             raise EngineError("it answered for other rows")
         return str(version), output
 
@@ -190,8 +169,9 @@ def check_engine(
 
     The check is skipped if the engine cannot run one of the models.
     """
-    rows, check = _rows(dense, texts), ENGINE + name
-    what = expected.source
+    with source_errors(dense.path):
+        rows = _rows(dense, texts)
+    check, what = ENGINE + name, expected.source
     try:
         version, wanted = options.run(name, dense.path, rows, trust=False)
         what = "MoE"
@@ -203,13 +183,11 @@ def check_engine(
     tolerance = _ROUNDING if exact and options.engine_dtype == "float32" else HESITATION
     agreement = compare(found, wanted, tolerance, on_average=True)
     total = sum(map(len, wanted["texts"]))
-    texts_agree = (
-        f"; {agreement.text_tokens} of {total} greedy tokens are the same" if total else ""
-    )
+    words = f"; {agreement.text_tokens} of {total} greedy tokens are the same" if total else ""
     measured = (
         f"{name} {version}, {options.engine_dtype}, {len(rows)} rows of {len(rows[0])} tokens: "
         f"log-probabilities differ by {agreement.mean:.2g} on average and {agreement.largest:.2g} "
-        f"at most{texts_agree}."
+        f"at most{words}."
     )
     metrics = {
         "logprob_diff_mean": agreement.mean,
@@ -234,7 +212,7 @@ def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:
     config = load_config(dense.path).get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
     limits = [limit + _LENGTH // 2 for limit in _limits(dense.config) if limit <= _MOST_LENGTH]
-    length = min(max([_LENGTH, *limits]), longest - _TOKENS)
+    length = max(2, min(max([_LENGTH, *limits]), longest - _TOKENS))
     texts = replace(texts, tokens=(_ROWS - 1) * length)
     ids_BS = make_prompt(dense, texts, b"").ids
     if texts.context is not None:
@@ -242,11 +220,10 @@ def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:
     ids = ids_BS.flatten().tolist()
     if wrapper_of(dense.config) is not None:
         # Tokens that stand for pictures need a picture.
-        special = {value for key, value in dense.config.items() if "token" in key}
+        special = [value for key, value in dense.config.items() if "token" in key]
         ids = [token for token in ids if token not in special]
-    return [ids[begin : begin + length] for begin in range(0, len(ids) - length + 1, length)][
-        :_ROWS
-    ]
+    begins = range(0, len(ids) - length + 1, length)[:_ROWS]
+    return [ids[begin : begin + length] for begin in begins]
 
 
 def _limits(value: Any) -> Iterator[int]:  # noqa: ANN401 - any JSON
