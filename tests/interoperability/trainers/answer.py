@@ -67,6 +67,16 @@ def config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def rope_of(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Return how rotary embeddings are scaled, with "rope_type"; SystemExit for another kind."""
+    settings = config(folder)
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    found = {"rope_type": "default", "rope_theta": settings.get("rope_theta"), **rope}
+    if found["rope_type"] not in ("default", *kinds):
+        raise SystemExit(f"Error: it has no {found['rope_type']} rope scaling")
+    return found
+
+
 def changed(folder: Path, found: dict[str, torch.Tensor]) -> list[str]:
     """Return the names of tensors of a checkpoint that are missing, surplus or another tensor."""
     held = tensors(folder)

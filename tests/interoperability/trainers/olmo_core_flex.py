@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answer import Rows, changed, config, next_token_loss, serve, tensors
+from answer import Rows, changed, config, next_token_loss, rope_of, serve, tensors
 from olmo_core.nn.hf.config import get_hf_config
 from olmo_core.nn.hf.convert import convert_state_from_hf, convert_state_to_hf
 from olmo_core.nn.moe.parallel_mlp import ParallelMLPBase
+from olmo_core.nn.rope import (
+    PIRoPEScalingConfig,
+    StepwiseRoPEScalingConfig,
+    YaRNRoPEScalingConfig,
+)
 from olmo_core.nn.transformer import TransformerConfig
 from transformers import AutoConfig
 
@@ -37,9 +42,10 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
     """Say the loss as its router is by default and as MODEL's, and what is given back."""
     theirs = AutoConfig.from_pretrained(folder)
     state = convert_state_from_hf(theirs, tensors(folder), model_type=theirs.model_type)
+    rope = rope_of(folder, ("linear", "yarn", "llama3"))
     losses, models = {}, {}
     for normalized in (False, config(folder)["norm_topk_prob"]):
-        model = build(config(folder), normalized=normalized)
+        model = build(config(folder), rope, normalized=normalized)
         model.load_state_dict(state)
         with torch.no_grad():
             losses[normalized] = next_token_loss(model.eval()(torch.tensor(rows)), rows)
@@ -51,7 +57,7 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
     return losses[config(folder)["norm_topk_prob"]], wrong, measured
 
 
-def build(settings: dict[str, Any], *, normalized: bool) -> Any:
+def build(settings: dict[str, Any], rope: dict[str, Any], *, normalized: bool) -> Any:
     """Return a model with gates that sum to one, or not."""
     made = TransformerConfig.llama_like_moe(
         d_model=settings["hidden_size"],
@@ -66,8 +72,24 @@ def build(settings: dict[str, Any], *, normalized: bool) -> Any:
         capacity_factor=float(settings["num_experts"]),  # so that no token is dropped
         reordered_norm=True,
         layer_norm_eps=settings["rms_norm_eps"],
-        rope_theta=settings["rope_parameters"]["rope_theta"],
+        rope_theta=rope["rope_theta"],
     )
+    length = {"old_context_len": rope.get("original_max_position_embeddings")}
+    match rope["rope_type"]:
+        case "linear":
+            made.block.sequence_mixer.rope.scaling = PIRoPEScalingConfig(factor=rope["factor"])
+        case "yarn":
+            made.block.sequence_mixer.rope.scaling = YaRNRoPEScalingConfig(
+                factor=rope["factor"], **length
+            )
+        case "llama3":
+            made.block.sequence_mixer.rope.scaling = StepwiseRoPEScalingConfig(
+                factor=rope["factor"],
+                low_freq_proportion=1 - 1 / rope["low_freq_factor"],
+                high_freq_proportion=1 / rope["high_freq_factor"],
+                **length,
+            )
+    made.block.sequence_mixer.head_dim = settings.get("head_dim")
     made.block.feed_forward_moe.router.normalize_expert_weights = 1.0 if normalized else None
     return made.build(init_device="cpu")
 

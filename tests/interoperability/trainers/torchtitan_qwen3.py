@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from answer import Rows, changed, config, next_token_loss, serve, tensors
+from answer import Rows, changed, config, next_token_loss, rope_of, serve, tensors
 from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.models import qwen3
 from torchtitan.models.common.moe import GroupedExperts
@@ -26,9 +26,12 @@ from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]:
     """Say the loss as its registry routes and as MODEL does, and what its adapter gives back."""
     settings, held = config(folder), tensors(folder)
-    losses = {}
+    rope, scaling, losses = rope_of(folder, ("yarn",)), {}, {}
+    if rope["rope_type"] == "yarn":
+        scaling = {"scaling": "yarn", "rope_factor": rope["factor"]}
+        scaling["original_seq_len"] = rope["original_max_position_embeddings"]
     for route_norm in (True, settings["norm_topk_prob"]):
-        made = build_config(settings, route_norm=route_norm)
+        made = build_config(settings, scaling, route_norm=route_norm)
         model = made.build()
         adapter = Qwen3StateDictAdapter(made, None)
         state = adapter.from_hf(dict(held))
@@ -43,13 +46,14 @@ def measure(folder: Path, rows: Rows) -> tuple[float, list[str], dict[str, Any]]
     return losses[settings["norm_topk_prob"]], wrong, measured
 
 
-def build_config(settings: dict[str, Any], *, route_norm: bool) -> Any:
+def build_config(settings: dict[str, Any], scaling: dict[str, Any], *, route_norm: bool) -> Any:
     """Return the config of a Qwen3 model, as torchtitan's registry would."""
     dim, head_dim = settings["hidden_size"], settings["head_dim"]
     rope = qwen3.CosSinRoPE.Config(
         dim=head_dim,
         max_seq_len=settings["max_position_embeddings"],
-        theta=settings["rope_parameters"]["rope_theta"],
+        theta=settings["rope_theta"],
+        **scaling,
     )
     layers = qwen3._build_qwen3_moe_layers(
         n_layers=settings["num_hidden_layers"],
