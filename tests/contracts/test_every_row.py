@@ -112,6 +112,8 @@ KINDS: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("qwen3", "mellum", {"attention_bias": True, "rope_parameters": YARN, **SLIDES}),
     ("seed_oss", "glm4_moe", {"attention_bias": False}),
     ("smollm3", SHIPPED, {"no_rope_layers": [1, 0]}),
+    ("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0], "attention_bias": True}),
+    ("smollm3", "granitemoe_swa", {**SLIDES, "no_rope_layers": [0, 1], "rope_parameters": YARN}),
     ("smollm3", SHIPPED, {**SLIDES, "layer_types": BOTH_KINDS}),
     ("stablelm", SHIPPED, {"use_parallel_residual": True}),
     ("stablelm", SHIPPED, {"use_qkv_bias": True, "qk_layernorm": True}),

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from upcycle_cli.core.display import Compact
+from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models import defaults
 from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
@@ -118,6 +119,22 @@ class DenseFamily:
         return config, base, whole
 
 
+def rope_layers(listed: object, interval: object, count: int) -> Sequence[bool]:
+    """Return which layers have rotary embeddings; UpcycleError for invalid values.
+
+    `listed` has 0 for the layers without. If it is None, every `interval`-th layer is one, and none
+    if that is None too.
+    """
+    if listed is None and (interval is None or (type(interval) is int and interval > 0)):
+        return [interval is None or (layer + 1) % interval != 0 for layer in range(count)]
+    if not isinstance(listed, list) or len(listed) != count:
+        raise UpcycleError(
+            f"config.json: no_rope_layers must hold 0 or 1 for each of {count} layers, not "
+            f"{shown(listed)}."
+        )
+    return [bool(rotates) for rotates in listed]
+
+
 def why_unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str | None:
     """Return why transformers ignores a tensor, or None if it reads it; `values` are effective."""
     found = next((why for pattern, why in _UNREAD if pattern.fullmatch(name)), None)
@@ -176,6 +193,12 @@ class DenseModel(Compact):
         """The share of each head that the rotary embedding rotates."""
         key = "partial_rotary_factor"
         return float(self.values[key]) if key in defaults.defaults_of(self.model_type) else 1.0
+
+    @property
+    def rope_layers(self) -> Sequence[bool]:
+        """Whether each layer has rotary embeddings."""
+        listed, interval = map(self.values.get, ("no_rope_layers", "no_rope_layer_interval"))
+        return rope_layers(listed, interval, self.num_layers)
 
     def size(self, product: str) -> int:
         """Return a product of config keys and integers."""

@@ -8,7 +8,15 @@ from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import ConfigValues
-from upcycle_cli.models.dense import FULL, SLIDING, DenseFamily, Piece, Pieces, Windows
+from upcycle_cli.models.dense import (
+    FULL,
+    SLIDING,
+    DenseFamily,
+    Piece,
+    Pieces,
+    Windows,
+    rope_layers,
+)
 from upcycle_cli.models.mlp import Weight, gated_linear, linear_layers, swiglu
 from upcycle_cli.recipe.recipe import SHIPPED
 
@@ -48,7 +56,7 @@ def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigVal
         window = values["sliding_window"] if is_used else None
         kinds = values.config.get("layer_types")
         if kinds is None:
-            return tuple(window if slides(values, layer) else None for layer in range(count))
+            return tuple(window if window and slides(values, i) else None for i in range(count))
         able = (FULL,) if window is None else (FULL, SLIDING)
         if not isinstance(kinds, list) or len(kinds) != count or any(k not in able for k in kinds):
             words = f"layer_types must hold {' or '.join(able)} for each of {count} layers"
@@ -62,6 +70,13 @@ def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigVal
 _ALL_SLIDE = _sliding(lambda *_: True)
 _ALL_BUT_EACH_FOURTH = _sliding(lambda _, layer: layer % 4 != 0)
 _LAST_SLIDE = _sliding(lambda values, layer: layer >= values["max_window_layers"])
+_WITHOUT_ROPE_SLIDE = _sliding(
+    lambda values, layer: (
+        not rope_layers(
+            values["no_rope_layers"], values["no_rope_layer_interval"], values["num_hidden_layers"]
+        )[layer]
+    )
+)
 _BY_PATTERN = _sliding(
     lambda values, layer: (layer + 1) % values.config.get("sliding_window_pattern", 4) != 0
 )
@@ -264,7 +279,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("qwen3_5_text", norm_offset=1.0, layers_differ=True, targets=("qwen3_5_moe_text",)),
     DenseFamily("seed_oss", targets=("qwen2_moe", SHIPPED, "glm4_moe")),
-    DenseFamily("smollm3"),
+    DenseFamily("smollm3", windows=_WITHOUT_ROPE_SLIDE, targets=(SHIPPED, "granitemoe_swa")),
     DenseFamily("stablelm", norm=("post_attention_layernorm.weight", "input_layernorm.weight")),
     DenseFamily("starcoder2", mlp=_C_FC),
     DenseFamily("vaultgemma", **_GEMMA),

@@ -130,7 +130,8 @@ class ExtraTensor:
     factor: float = 1.0
     root: str | None = None
     of: str | None = None
-    """The dense layer's tensor that is multiplied; if None the shape is (H,) or (N,)."""
+    """The dense layer's tensor that is multiplied; if None the shape is (`size`,) or (N,)."""
+    size: str = "hidden_size"
     per_expert: bool = False
     """Whether the shape is (N,)."""
     frozen: bool = False

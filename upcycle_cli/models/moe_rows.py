@@ -29,24 +29,23 @@ def _granitemoe(dense: DenseModel) -> dict[str, Any]:
     return {**found, "attention_bias": dense.has("self_attn.q_proj.bias")}
 
 
-def _granitemoehybrid(dense: DenseModel) -> dict[str, Any]:
-    """State kinds of layers in the names that released models and engines use.
+def _granitemoe_swa(dense: DenseModel) -> dict[str, Any]:
+    """State the rotary base of each layer, 0 without rotary embeddings. A window must be given."""
+    values = dense.values
+    stated = values["layer_rope_theta"] if dense.model_type == "granite_swa" else None
+    bases = stated or [values["rope_theta"] * rotates for rotates in dense.rope_layers]
+    window = values["sliding_window"] or values["max_position_embeddings"]
+    return _granitemoe(dense) | {"sliding_window": window, "layer_rope_theta": bases}
 
-    Other types have no such kinds: all layers are attention, with rotary embeddings.
-    """
+
+def _granitemoehybrid(dense: DenseModel) -> dict[str, Any]:
+    """State kinds of layers as releases do. By default all are attention, with rope."""
     if dense.model_type == "granitemoehybrid":
         names = {new: old for old, new in layers.OLD_BLOCKS.items()}
         return {"layer_types": [names.get(kind, kind) for kind in dense.values["layer_types"]]}
-    return _granitemoe(dense) | {
-        "layer_types": ["attention"] * dense.num_layers,
-        "position_embedding_type": "rope",
-        "mamba_n_heads": 1,  # the default does not divide every hidden size
-        # llama.cpp's converter needs these even if no layer is a Mamba layer.
-        "mamba_n_groups": 1,
-        "mamba_d_state": 256,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-    }
+    kinds = {"layer_types": ["attention"] * dense.num_layers, "position_embedding_type": "rope"}
+    # The default number of Mamba heads does not divide every hidden size.
+    return _granitemoe(dense) | kinds | {"mamba_n_heads": 1} | _MAMBA
 
 
 def _lfm2_moe(dense: DenseModel) -> dict[str, Any]:
@@ -141,6 +140,8 @@ _MIXTRAL_KEYS = Keys(
 _GRANITE: Any = {"layouts": _GRANITE_LAYOUTS, "keys": _MIXTRAL_KEYS}
 _ONE_GROUP = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "norm_topk_prob": True}
 _FOR_MLX = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
+# llama.cpp's converter needs these even if no layer is a Mamba layer.
+_MAMBA = {"mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2}
 # vLLM ignores the correction bias without the first, and uses softmax without the second.
 _FOR_VLLM = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _DEEPSEEK: Any = {
@@ -158,6 +159,7 @@ _DEEPSEEK: Any = {
     "shared": SharedExpert(count_key="n_shared_experts"),
 }
 _BEFORE_MLP = "pre_feedforward_layernorm.weight"
+_NO_SINKS = ExtraTensor(name="self_attn.sinks", factor=-1e4, size="num_attention_heads")
 
 _ROWS: Sequence[Target] = (
     Target(
@@ -341,12 +343,8 @@ _ROWS: Sequence[Target] = (
         **_GRANITE | {"layouts": {ExpertLayout.FUSED: _GRANITE_LAYOUTS[ExpertLayout.FUSED]}},
         shared=SharedExpert(size_key="shared_intermediate_size", required=False),
         constants={"shared_intermediate_size": 0},
-        settings=lambda dense: {
-            "sliding_window": dense.values["sliding_window"],
-            # The rotary base of each layer: 0 if it has no rotary embeddings.
-            "layer_rope_theta": dense.values["layer_rope_theta"]
-            or [dense.values["rope_theta"]] * dense.num_layers,
-        },
+        extra_tensors=(_NO_SINKS,),  # exp(-1e4) is 0
+        settings=_granitemoe_swa,
     ),
     Target(
         # A model without experts is dense, and its shared expert is the MLP.

@@ -185,10 +185,11 @@ class TensorMaker:
 
     def _added(self, layer: int) -> Iterator[tuple[str, ex.Expr]]:
         """Yield the target's extra tensors of a layer: constants, or scaled dense tensors."""
-        for row in self._target.extra_tensors:
+        rows = (row for row in self._target.extra_tensors if not self._dense.has(row.name))
+        for row in rows:
             value = row.value(self._dense.values)
             if row.of is None:
-                size = self._recipe.num_experts if row.per_expert else self._dense.hidden_size
+                size = self._recipe.num_experts if row.per_expert else self._dense.size(row.size)
                 yield row.name, ex.Full(self._mlp_dtype(layer), (size,), value)
             else:
                 yield row.name, ex.scaled(self._tensor(self._dense.prefix(layer) + row.of), value)
