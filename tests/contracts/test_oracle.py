@@ -148,6 +148,9 @@ def check(dense: Path, moe: Path, w: Wanted) -> None:
     wanted = expected(tensors, config, w)
     if w.target == "gemma4_text":
         wanted |= beside_gemma(tensors, config, w.E * w.G)
+    if config["model_type"] == "smollm3" and w.target == "granitemoe_swa":
+        sinks = (name for name in found if name.endswith("self_attn.sinks"))
+        wanted |= {name: torch.full((config["num_attention_heads"],), -1e4) for name in sinks}
     if "lm_head.weight" in found and config.get("tie_word_embeddings"):
         wanted.setdefault("lm_head.weight", wanted["model.embed_tokens.weight"])
     for name, tensor in wanted.items():
