@@ -49,6 +49,14 @@ def test_what_a_name_states_matters(name: str) -> None:
         assert (logprobs(model) - logprobs(ignoring)).abs().max() > MATTERS, each
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "longrope" in name])
+def test_rows_are_longer_than_the_original_length(name: str) -> None:
+    model = make_model(name, TOKENS)
+    before, rope = logprobs(model), model.model.rotary_emb
+    rope.long_inv_freq.copy_(rope.original_inv_freq)
+    assert (logprobs(model) - before).abs().max() > MATTERS
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_biases_and_norms_matter(name: str) -> None:
     model = make_model(name, TOKENS)

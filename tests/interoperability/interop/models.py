@@ -141,11 +141,12 @@ HAS: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "longrope rope scaling": {
+        "original_max_position_embeddings": ORIGINAL,
         "rope_scaling": {
             "type": "longrope",
             "short_factor": [1.0 + i / 8 for i in range(HEAD_DIM // 2)],
             "long_factor": [1.5 + i for i in range(HEAD_DIM // 2)],
-        }
+        },
     },
     "yarn rope scaling": {
         "rope_scaling": {
