@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from upcycle_cli.verification.engine_outputs import HESITATION, ROUNDING, Output, compare
+from upcycle_cli.verification.engine_outputs import (
+    HESITATION,
+    LOW_PRECISION,
+    ROUNDING,
+    Output,
+    compare,
+)
 
 TEXT, LATE, EARLY = [*range(32)], [*range(31), 99], [*range(20), 99, *range(21, 32)]
 SCORES = [-3.0] * 24
@@ -57,6 +63,13 @@ def test_outputs_are_compared(
     said = compare(found, expected, tolerance, on_average=on_average).difference
     assert difference in said
     assert bool(difference) == bool(said)
+
+
+def test_texts_may_part_earlier_in_low_precision() -> None:
+    early, late = texts([1, 9, 9], margins=[3.0, 0.9, 3.0]), texts([1, 9, 9], margins=[3.0] * 3)
+    assert not compare(texts([1, 2, 3]), early, LOW_PRECISION, on_average=True).difference
+    assert compare(texts([1, 2, 3]), late, LOW_PRECISION, on_average=True).difference
+    assert compare(scores([-0.7]), scores([-1.0]), LOW_PRECISION, on_average=True).difference
 
 
 def test_the_largest_and_the_mean_difference_are_measured() -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import RunCli, validate_json, write_json
 from verified import edit_json, save_llama
 
-from upcycle_cli import EngineOptions, Recipe, UpcycleError, convert, verify
+from upcycle_cli import EngineOptions, Options, Recipe, UpcycleError, convert, verify
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.verification.result import CheckResult, Report, Status
 
@@ -128,13 +128,15 @@ def test_a_report_in_which_an_engine_did_not_run() -> None:
 
 
 def test_checkpoint_dtypes_and_softmax_topk_may_be_off_by_more(
-    dense: Path, mixtral: Path, qwen2_moe: Path, stub: Stub
+    dense: Path, mixtral: Path, qwen2_moe: Path, stub: Stub, tmp_path: Path
 ) -> None:
     off = f"rows=lambda row: [-1.0 - 0.05 * (job['model'] != {str(dense)!r})] * (len(row) - 1)"
     python = stub(f"{ANSWER}\nanswer(job, {off})")
     assert check(dense, mixtral, python).status is Status.FAILED
     assert check(dense, mixtral, python, engine_dtype="auto").status is Status.PASSED
     assert check(dense, qwen2_moe, python).status is Status.PASSED
+    convert(dense, tmp_path / "float16", "E2G2T2", options=Options(dtype="float16"))
+    assert check(dense, tmp_path / "float16", python).status is Status.PASSED
 
 
 @pytest.mark.parametrize(

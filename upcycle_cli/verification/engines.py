@@ -25,7 +25,7 @@ from upcycle_cli.run import engine_runner
 from upcycle_cli.run.engine_runner import CONVERTER, ENGINES
 from upcycle_cli.run.models import load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS
-from upcycle_cli.verification.engine_outputs import HESITATION, Output, compare
+from upcycle_cli.verification.engine_outputs import HESITATION, LOW_PRECISION, Output, compare
 from upcycle_cli.verification.prompts import TextOptions, make_prompt
 from upcycle_cli.verification.result import ENGINE, CheckResult, Findings, Status
 
@@ -179,8 +179,11 @@ def check_engine(
     except EngineError as error:
         detail = f"{name} could not run the {what}: {str(error).rstrip('.')}."
         return CheckResult(name=check, status=Status.SKIPPED, detail=detail)
+    held, made = ({each.dtype for each in model.tensors.values()} for model in (dense, moe))
     exact = expected.promise is Promise.EXACT and expected.is_lossless
-    tolerance = _ROUNDING if exact and options.engine_dtype == "float32" else HESITATION
+    tolerance = _ROUNDING if exact else HESITATION
+    if options.engine_dtype != "float32" or made - held:
+        tolerance = LOW_PRECISION
     agreement = compare(found, wanted, tolerance, on_average=True)
     total = sum(map(len, wanted["texts"]))
     words = f"; {agreement.text_tokens} of {total} greedy tokens are the same" if total else ""
