@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from shapes import PAIRS, same_bits, tensor_shapes, tiny_config, value_of, write_model
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, open_checkpoint
+from upcycle_cli.core import platform
 from upcycle_cli.core.platform import BLOCK_BYTES
 from upcycle_cli.plan.expressions import Expr, describe, leaves
 from upcycle_cli.plan.output import Role
@@ -304,8 +305,8 @@ def test_copies_are_shared(
         os.pwrite(target, os.pread(source, nbytes, start), offset)
         return True
 
-    monkeypatch.setattr(writer, "can_share", lambda _: True)
-    monkeypatch.setattr(writer, "share", share)
+    monkeypatch.setattr(platform, "can_share", lambda _: True)
+    monkeypatch.setattr(platform, "share", share)
     block = {"hidden_size": 64, "intermediate_size": 64}  # each shard of a matrix is one
     plan = make("E4G2T2", options=Options(expert_layout=layout), **block)
     write(plan, output)

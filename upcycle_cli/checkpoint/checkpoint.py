@@ -34,17 +34,10 @@ from upcycle_cli.checkpoint.storage import (
     read_json,
     refuse_missing,
 )
+from upcycle_cli.core import safe_files
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import shared_extents
-from upcycle_cli.core.safe_files import (
-    MOST_JSON_BYTES,
-    MOST_LISTING_BYTES,
-    is_inner_name,
-    locate,
-    open_regular,
-    read_small,
-)
 from upcycle_cli.core.text import printable
 
 if TYPE_CHECKING:
@@ -136,7 +129,7 @@ class Checkpoint(Compact):
     def tensor_digest(self, name: str) -> str:
         """Return the SHA-256 of a tensor's bytes; OSError or UpcycleError when unreadable."""
         entry = self.tensors[name]
-        with open_regular(self.storage.local(entry.shard)) as file:
+        with safe_files.open_regular(self.storage.local(entry.shard)) as file:
             file.seek(entry.offset)
             return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
 
@@ -159,14 +152,14 @@ class Checkpoint(Compact):
     def check_unchanged(self) -> None:
         """Raise UpcycleError when a file changed since the checkpoint was opened."""
         self.check_files(self.shards + self.companions)
-        config = read_small(self.storage.local(CONFIG_NAME), MOST_JSON_BYTES)
+        config = safe_files.read_small(self.storage.local(CONFIG_NAME), safe_files.MOST_JSON_BYTES)
         if hashlib.sha256(config).hexdigest() != self.config_digest:
             raise file_changed(self.path / CONFIG_NAME)
 
     def check_files(self, files: Iterable[FileStamp]) -> None:
         """Raise UpcycleError when one of these files changed since the checkpoint was opened."""
         for file in files:
-            if not file.fits(locate(self.path, file.name).stat()):
+            if not file.fits(safe_files.locate(self.path, file.name).stat()):
                 raise file_changed(self.path / file.name)
 
     def reader(self) -> AbstractContextManager[Reader]:
@@ -269,7 +262,7 @@ class Reader:
         path = checkpoint.path / shard
         if path not in self._maps:
             stamp = next(file for file in checkpoint.shards if file.name == shard)
-            with open_regular(locate(checkpoint.path, shard)) as file:
+            with safe_files.open_regular(safe_files.locate(checkpoint.path, shard)) as file:
                 if not stamp.fits(os.fstat(file.fileno())):
                     raise file_changed(path)
                 # A private mapping: torch needs a writable buffer, and the file must not change.
@@ -310,7 +303,7 @@ def open_storage(storage: Storage) -> Checkpoint:
     if not storage.has(CONFIG_NAME):
         hint = "Give the directory of a Hugging Face checkpoint."
         raise find_adapter(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
-    raw_config = read_small(storage.local(CONFIG_NAME), MOST_JSON_BYTES)
+    raw_config = safe_files.read_small(storage.local(CONFIG_NAME), safe_files.MOST_JSON_BYTES)
     config = json_object(raw_config, str(path / CONFIG_NAME))
     weight_map = _weight_map(storage)
     shard_names = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]
@@ -349,11 +342,11 @@ def _weight_map(storage: Storage) -> dict[str, str] | None:
     if not storage.has(INDEX_NAME):
         raise find_adapter(storage) or _missing_weights(storage)
     index_path = storage.local(INDEX_NAME)
-    weight_map = read_json(index_path, MOST_LISTING_BYTES).get("weight_map")
+    weight_map = read_json(index_path, safe_files.MOST_LISTING_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UpcycleError(f"{index_path} has no weight_map.")
     for name, shard in weight_map.items():
-        if not is_inner_name(shard):
+        if not safe_files.is_inner_name(shard):
             raise UpcycleError(
                 f"{index_path} lists {name} in {shown(shard)}, which is not a file of this "
                 "directory."

@@ -13,15 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from upcycle_cli.core import safe_files
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.safe_files import (
-    MOST_COMPANION_BYTES,
-    MOST_JSON_BYTES,
-    locate,
-    matches,
-    open_regular,
-    read_small,
-)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -90,7 +83,7 @@ class Storage:
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Return the names of files that match a pattern, sorted."""
-        return [name for name in self.names() if matches(name, patterns)]
+        return [name for name in self.names() if safe_files.matches(name, patterns)]
 
     def names(self) -> list[str]:
         """Return the names of all files outside .git and .cache, sorted.
@@ -111,13 +104,13 @@ class Storage:
 
     def stamp(self, name: str) -> FileStamp:
         """Return a file's size and times."""
-        status = locate(self.path, name).stat()
+        status = safe_files.locate(self.path, name).stat()
         return FileStamp(name, status.st_size, status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
         """Return some of the first bytes of a weight file, fewer when the file is shorter."""
         try:
-            with open_regular(locate(self.path, shard)) as file:
+            with safe_files.open_regular(safe_files.locate(self.path, shard)) as file:
                 file.seek(begin)
                 return file.read(end - begin)
         except OSError as error:
@@ -125,7 +118,7 @@ class Storage:
 
     def local(self, name: str) -> Path:
         """Return the path of a small file; UpcycleError when it is a link out of the directory."""
-        locate(self.path, name)
+        safe_files.locate(self.path, name)
         return self.path / name
 
     def download(self, names: Sequence[str]) -> None:
@@ -146,18 +139,18 @@ def companions_of(storage: Storage) -> tuple[FileStamp, ...]:
     names = [name for name in storage.matching(COMPANIONS) if not is_weight_file(name)]
     companions = tuple(map(storage.stamp, names))
     for file in companions:
-        if file.size > MOST_COMPANION_BYTES:
+        if file.size > safe_files.MOST_COMPANION_BYTES:
             raise UpcycleError(
                 f"{storage.path / file.name} has {file.size:,} bytes; at most "
-                f"{MOST_COMPANION_BYTES:,} are allowed.",
+                f"{safe_files.MOST_COMPANION_BYTES:,} are allowed.",
                 "Remove it, or replace it by the right file.",
             )
     return companions
 
 
-def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, most: int = safe_files.MOST_JSON_BYTES) -> dict[str, Any]:
     """Read a file of at most `most` bytes with a JSON object; raises UpcycleError."""
-    return json_object(read_small(path, most), str(path))
+    return json_object(safe_files.read_small(path, most), str(path))
 
 
 def json_object(raw: bytes, subject: str) -> dict[str, Any]:

@@ -28,17 +28,7 @@ from upcycle_cli.checkpoint.storage import (
 )
 from upcycle_cli.core import safe_files as files
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.hub.client import (
-    checked_commit,
-    download_bar,
-    download_limit,
-    fetch,
-    file_sizes,
-    hub_session,
-    not_cached,
-    retry,
-    run_interruptibly,
-)
+from upcycle_cli.hub import client
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _HEAD_BYTES = 1 << 16  # the first request for a header: most are smaller
@@ -124,7 +114,7 @@ class RepoStorage(Storage):
             with ThreadPoolExecutor(_CONNECTIONS, "upcycle-hub") as pool:
                 self._heads.update(zip(wanted, pool.map(self._head, wanted), strict=True))
 
-        run_interruptibly(request_all)
+        client.run_interruptibly(request_all)
 
     def stamp(self, name: str) -> FileStamp:
         """Return the size of a file; the files of a commit do not change."""
@@ -132,7 +122,7 @@ class RepoStorage(Storage):
             from huggingface_hub import constants
 
             if constants.HF_HUB_OFFLINE:
-                raise not_cached(self.repo, self.commit)
+                raise client.not_cached(self.repo, self.commit)
             raise UpcycleError(f"{self.repo} has no {name}, which its index lists.")
         return FileStamp(name, self.sizes[name], 0)
 
@@ -153,9 +143,9 @@ class RepoStorage(Storage):
         if missing := self._missing(names):
             nbytes = self.bytes_to_download(missing)
             download = partial(snapshot_download, self.repo, revision=self.commit)
-            patterns, bar = [escape(name) for name in missing], download_bar(nbytes)
-            with hub_session(self.repo, self.commit), download_limit(nbytes):
-                run_interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
+            patterns, bar = [escape(name) for name in missing], client.download_bar(nbytes)
+            with client.hub_session(self.repo, self.commit), client.download_limit(nbytes):
+                client.run_interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
 
     def bytes_to_download(self, names: Sequence[str]) -> int:
         """Return the total size of the files that are not in the cache."""
@@ -191,35 +181,35 @@ class RepoStorage(Storage):
                         break
             return bytes(data[:nbytes])
 
-        with hub_session(self.repo, self.commit):
-            return retry(request)
+        with client.hub_session(self.repo, self.commit):
+            return client.retry(request)
 
 
 def _find_repo(repo: str, revision: str | None) -> RepoStorage:
     """Find a repo's commit and files, on the Hub or, offline, in the cache."""
-    with hub_session(repo, revision):
+    with client.hub_session(repo, revision):
         from huggingface_hub import HfApi, constants
 
         if constants.HF_HUB_OFFLINE:
-            path = fetch(repo, CONFIG_NAME, revision).parent
+            path = client.fetch(repo, CONFIG_NAME, revision).parent
             found = (file for file in path.rglob("*") if file.is_file())
             sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in found}
             storage = RepoStorage(path, repo, path.name, sizes)
             if not storage.matching(["*.safetensors"]):
-                raise not_cached(repo, revision)
+                raise client.not_cached(repo, revision)
             return storage
         ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
-        info = retry(ask)
-        sizes, commit = file_sizes(info), checked_commit(info.sha)
+        info = client.retry(ask)
+        sizes, commit = client.file_sizes(info), client.checked_commit(info.sha)
         if CONFIG_NAME not in sizes:
             if ADAPTER_NAME in sizes:
                 raise adapter(repo)
             hint = "Give the repo of a Hugging Face model."
             raise UpcycleError(f"{repo} has no {CONFIG_NAME}.", hint)
-        with download_limit(sizes[CONFIG_NAME]):
+        with client.download_limit(sizes[CONFIG_NAME]):
             # By the revision first: the cache then knows which commit it is, for offline use.
-            path = retry(lambda: fetch(repo, CONFIG_NAME, revision))
+            path = client.retry(lambda: client.fetch(repo, CONFIG_NAME, revision))
             if path.parent.name != commit:
                 # The branch moved, or the Hub failed and the cache answered with an older commit.
-                path = retry(lambda: fetch(repo, CONFIG_NAME, commit))
+                path = client.retry(lambda: client.fetch(repo, CONFIG_NAME, commit))
     return RepoStorage(path.parent, repo, commit, sizes)

@@ -30,12 +30,7 @@ from upcycle_cli.core.text import counted, printable, shell_line, size_text
 from upcycle_cli.hub import client
 from upcycle_cli.hub.remote_checkpoint import check_revision
 from upcycle_cli.publish.card import card_for_repo
-from upcycle_cli.write.ownership import (
-    Inventory,
-    checksum_failures,
-    record_digest,
-    take_inventory,
-)
+from upcycle_cli.write import ownership
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, ModelInfo
@@ -190,7 +185,7 @@ def push(
         if on_start is not None:
             on_start(len(files), nbytes)
         there = _fetch(repo, RECORD_NAME, head).parent if RECORD_NAME in existing else None
-        is_other = there is None or record_digest(there) != found.record_digest
+        is_other = there is None or ownership.record_digest(there) != found.record_digest
         patterns = (*_REPLACED, REPORT_NAME) if is_other else _REPLACED
         stale = sorted(name for name in existing.keys() - files if matches(name, patterns))
         common = sorted(name for name in existing.keys() & files if name.endswith(".safetensors"))
@@ -216,7 +211,7 @@ def push(
     )
 
 
-def _check_complete(directory: Path, repo: str) -> Inventory:
+def _check_complete(directory: Path, repo: str) -> ownership.Inventory:
     """Return the files of an output; UpcycleError unless it is complete and unchanged."""
     upload = shell_line(["hf", "upload", repo, str(directory)])
     if not (directory / RECORD_NAME).is_file():
@@ -225,8 +220,8 @@ def _check_complete(directory: Path, repo: str) -> Inventory:
             "If a conversion was interrupted, run the same `upcycle convert` again. To upload any "
             f"other directory, such as a trained model: {upload}",
         )
-    found = take_inventory(directory)
-    if failures := found.failures or [*checksum_failures(directory)]:
+    found = ownership.take_inventory(directory)
+    if failures := found.failures or [*ownership.checksum_failures(directory)]:
         listed = "\n".join(f"- {printable(failure)}" for failure in failures[:8])
         raise UpcycleError(
             f"{directory} is not a complete, unchanged conversion; nothing was pushed.",

@@ -18,19 +18,9 @@ from typing import Any
 from upcycle_cli.checkpoint.card_metadata import is_edited
 from upcycle_cli.checkpoint.header import parse_header
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, REPORT_NAME
+from upcycle_cli.core import safe_files
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.safe_files import (
-    CHECKSUMS_NAME,
-    header_digest,
-    is_directory,
-    locate,
-    open_regular,
-    read_checksums,
-    read_header,
-    read_small,
-    remove,
-    sha256_of,
-)
+from upcycle_cli.core.safe_files import read_small
 
 _HINT = "Move or remove it yourself if it is not needed."
 
@@ -63,19 +53,19 @@ def take_inventory(output: Path) -> Inventory:
     record = read_small(output / RECORD_NAME)
     listed, routers = _listed(output, record)
     digest = hashlib.sha256(record).hexdigest()
-    known = {*listed, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME}
+    known = {*listed, RECORD_NAME, CARD_NAME, safe_files.CHECKSUMS_NAME}
     parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
     own, foreign = list[str](), list[str]()
     changed: dict[str, str] = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()
         try:
-            if is_directory(path):
+            if safe_files.is_directory(path):
                 if name not in parents and not any(path.iterdir()):
                     foreign.append(name)
             elif name in known or (name == REPORT_NAME and digest.encode() in read_small(path)):
                 own.append(name)
-                locate(output, name)
+                safe_files.locate(output, name)
                 if how := _change(path, name, listed, routers):
                     changed[name] = how
             else:
@@ -107,14 +97,15 @@ def check_ownership(output: Path) -> str:
 
 def checksum_failures(output: Path) -> Iterator[str]:
     """Compare the files with SHA256SUMS, as `sha256sum --check` does."""
-    if not os.path.lexists(output / CHECKSUMS_NAME):
+    if not os.path.lexists(output / safe_files.CHECKSUMS_NAME):
         return
     try:
-        for name, wanted in read_checksums(locate(output, CHECKSUMS_NAME)).items():
+        sums = safe_files.locate(output, safe_files.CHECKSUMS_NAME)
+        for name, wanted in safe_files.read_checksums(sums).items():
             if not os.path.lexists(output / name):
                 yield f"{name} is missing"
-            elif wanted != sha256_of(locate(output, name)):
-                yield f"{name} is not the file that {CHECKSUMS_NAME} describes"
+            elif wanted != safe_files.sha256_of(safe_files.locate(output, name)):
+                yield f"{name} is not the file that {safe_files.CHECKSUMS_NAME} describes"
     except UpcycleError as error:
         yield error.message
 
@@ -124,7 +115,7 @@ def remove_output(output: Path) -> None:
     check_ownership(output)
     for path in output.iterdir():
         if path.name != RECORD_NAME:
-            remove(path)
+            safe_files.remove(path)
     (output / RECORD_NAME).unlink()
     output.rmdir()
 
@@ -155,22 +146,23 @@ def _change(
     path: Path, name: str, listed: Mapping[str, object], routers: Mapping[str, object]
 ) -> str:
     """Return how a file of an output differs from what upcycle wrote; empty if it does not."""
-    if name == CHECKSUMS_NAME:
-        same = read_checksums(path).keys() == {*listed, RECORD_NAME}
+    if name == safe_files.CHECKSUMS_NAME:
+        same = safe_files.read_checksums(path).keys() == {*listed, RECORD_NAME}
         return "" if same else "it lists other files"
     if name not in listed:
         return ""
-    with open_regular(path) as file:
+    with safe_files.open_regular(path) as file:
         is_weights = name.endswith(".safetensors")
         if is_weights:
-            digest = {"header_sha256": header_digest(file)}
+            digest = {"header_sha256": safe_files.header_digest(file)}
         else:
             digest = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         if listed[name] != {"name": name, "size": os.fstat(file.fileno()).st_size} | digest:
             return f"it is not the file that {RECORD_NAME} lists"
         file.seek(0)
         # Any training changes the routers; experts are not read.
-        for entry in parse_header(read_header(file), path, name)[0] if is_weights else ():
+        header = safe_files.read_header(file) if is_weights else b"{}"
+        for entry in parse_header(header, path, name)[0]:
             if entry.name in routers:
                 file.seek(entry.offset)
                 found = hashlib.sha256(file.read(entry.nbytes)).hexdigest()

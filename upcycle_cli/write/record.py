@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME, RECORD_NAME
-from upcycle_cli.core.safe_files import (
-    CHECKSUMS_NAME,
-    MOST_COMPANION_BYTES,
-    header_digest,
-    locate,
-    read_small,
-    sha256_of,
-    write_whole,
-)
+from upcycle_cli.core import safe_files
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.staging import Staging
@@ -94,9 +86,9 @@ def _listed(plan: Plan, staging: Staging) -> Iterator[dict[str, Any]]:
         entry = {"name": name, "size": path.stat().st_size}
         if name.endswith(".safetensors"):
             with path.open("rb") as file:
-                yield entry | {"header_sha256": header_digest(file)}
+                yield entry | {"header_sha256": safe_files.header_digest(file)}
         else:
-            yield entry | {"sha256": sha256_of(path)}
+            yield entry | {"sha256": safe_files.sha256_of(path)}
 
 
 def index_of(plan: Plan) -> dict[str, Any] | None:
@@ -124,14 +116,14 @@ def write_metadata(plan: Plan, staging: Staging, written: Written) -> None:
     if plan.code is not None:
         staging.write(CODE_NAME, plan.code.encode())
     for file in plan.source.companions:
-        data = read_small(locate(plan.source.path, file.name), MOST_COMPANION_BYTES)
-        staging.write(file.name, data)
+        path = safe_files.locate(plan.source.path, file.name)
+        staging.write(file.name, safe_files.read_small(path, safe_files.MOST_COMPANION_BYTES))
     staging.write(RECORD_NAME, json_bytes(record(plan, written, staging)))
 
 
 def write_checksums(plan: Plan, directory: Path) -> None:
     """Write SHA256SUMS, without the card: an edit or a push changes that."""
     names = (*plan.file_names, RECORD_NAME)
-    digests = {name: sha256_of(directory / name) for name in names}
+    digests = {name: safe_files.sha256_of(directory / name) for name in names}
     lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))  # as sha256sum's
-    write_whole(directory / CHECKSUMS_NAME, "".join(lines).encode())
+    safe_files.write_whole(directory / safe_files.CHECKSUMS_NAME, "".join(lines).encode())

@@ -23,16 +23,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from upcycle_cli.checkpoint.storage import CARD_NAME, RECORD_NAME, read_json
+from upcycle_cli.core import safe_files
 from upcycle_cli.core.errors import ResumableError, UpcycleError
 from upcycle_cli.core.platform import lock, sync_directory, sync_tree
-from upcycle_cli.core.safe_files import (
-    CHECKSUMS_NAME,
-    MOST_LISTING_BYTES,
-    is_directory,
-    is_temporary,
-    remove,
-    write_whole,
-)
 from upcycle_cli.core.text import shell_line
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership, record_digest, remove_output
@@ -81,7 +74,7 @@ class Staging:
         """Write a small file of the output, which appears complete."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, data)
+        safe_files.write_whole(path, data)
 
     def note(self, name: str, facts: dict[str, Any]) -> None:
         """Note that a shard is complete, so that a later run need not write it again."""
@@ -125,7 +118,7 @@ class Staging:
 
         `replaces` is the record digest of the old output that the new one will replace.
         """
-        names = (*self.plan.file_names, RECORD_NAME, CARD_NAME, CHECKSUMS_NAME)
+        names = (*self.plan.file_names, RECORD_NAME, CARD_NAME, safe_files.CHECKSUMS_NAME)
         _keep_only(self.path, {name.split("/")[0] for name in names})
         self._save(MARKER, {"replaces": replaces})
         if self.durable:
@@ -133,25 +126,25 @@ class Staging:
 
     def _save(self, name: str, value: dict[str, Any]) -> None:
         data = json.dumps({"plan_sha256": self.plan.digest} | value).encode()
-        write_whole(self.directory / name, data, durable=self.durable)
+        safe_files.write_whole(self.directory / name, data, durable=self.durable)
 
 
 def _keep_only(directory: Path, names: Collection[str]) -> None:
     for path in directory.iterdir():
         if path.name not in names:
-            remove(path)
+            safe_files.remove(path)
 
 
 def discard(partial: Path) -> None:
     """Remove a staging directory, and last the marker that says that it is one of ours."""
     _keep_only(partial, {MARKER})
-    remove(partial)
+    safe_files.remove(partial)
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return what a marker or a note says; empty if it is missing or damaged."""
     with suppress(UpcycleError):
-        return read_json(path, MOST_LISTING_BYTES)
+        return read_json(path, safe_files.MOST_LISTING_BYTES)
     return {}
 
 
@@ -167,7 +160,7 @@ def locked(path: Path) -> Iterator[None]:
         f"{path} exists and is not an unfinished conversion of upcycle.",
         "Move it elsewhere, or choose another OUTPUT.",
     )
-    if not is_directory(path):
+    if not safe_files.is_directory(path):
         raise foreign
     check_private(path)
     try:
@@ -177,7 +170,7 @@ def locked(path: Path) -> Iterator[None]:
         raise UpcycleError(f"cannot write {path}: {error.strerror}.") from error
     try:
         # A kill can come before there is a marker.
-        if MARKER not in names and not all(map(is_temporary, names)):
+        if MARKER not in names and not all(map(safe_files.is_temporary, names)):
             raise foreign
         # The process that held the lock may have removed the directory meanwhile.
         if not lock(descriptor) or not _is_at(path, descriptor):
@@ -254,7 +247,7 @@ def join(output: Path, plan: Plan, *, durable: bool) -> Staging:
     """Return the staging directory that rank 0 has made; UpcycleError if it is another one."""
     staging = Staging(output=output, plan=plan, durable=durable)
     path = staging.directory
-    state = read_state(path / MARKER) if is_directory(path) else {}
+    state = read_state(path / MARKER) if safe_files.is_directory(path) else {}
     if state.get("plan_sha256") != plan.digest:
         raise UpcycleError(
             f"{path} is not the directory that rank 0 writes to.",
@@ -292,7 +285,7 @@ def publish(staging: Staging, *, overwrite: bool) -> str | None:
 def _seal(staging: Staging, *, overwrite: bool) -> str | None:
     """Make the new output ready; return the record digest of the old output, if there is one."""
     output = staging.output
-    occupied = overwrite and is_directory(output) and any(output.iterdir())
+    occupied = overwrite and safe_files.is_directory(output) and any(output.iterdir())
     replaces = record_digest(output) if occupied else None
     staging.seal(replaces=replaces)
     # Check again: somebody may have used the old output in the hours since the first check.
@@ -304,7 +297,7 @@ def _seal(staging: Staging, *, overwrite: bool) -> str | None:
 def _finish(output: Path, replaces: str | None) -> str | None:
     """Remove the old output and OUTPUT.partial; return a warning if the old one stays."""
     left, aside = None, aside_of(output)
-    if replaces is not None and is_directory(aside):
+    if replaces is not None and safe_files.is_directory(aside):
         try:
             if record_digest(aside) == replaces:
                 remove_output(aside)
@@ -326,7 +319,7 @@ def recover(output: Path) -> str | None:
     Raises UpcycleError if another process still publishes.
     """
     partial, aside = partial_of(output), aside_of(output)
-    state = read_state(partial / MARKER) if is_directory(partial) else {}
+    state = read_state(partial / MARKER) if safe_files.is_directory(partial) else {}
     if "replaces" not in state:
         return None
     with locked(partial):
@@ -345,7 +338,7 @@ def clean(output: Path, *, remove: bool) -> tuple[int, str | None]:
     Raises UpcycleError if the directory does not exist or is not ours.
     """
     partial = partial_of(output)
-    if not is_directory(partial):
+    if not safe_files.is_directory(partial):
         raise UpcycleError(f"{partial} does not exist.", "There is nothing to clean.")
     with locked(partial):
         nbytes = disk_bytes(partial)

@@ -24,26 +24,14 @@ from xxhash import xxh3_128
 
 from upcycle_cli.checkpoint.checkpoint import Reader
 from upcycle_cli.checkpoint.header import OverflowInCastError
+from upcycle_cli.core import platform
 from upcycle_cli.core.errors import UpcycleError
-from upcycle_cli.core.platform import (
-    can_share,
-    make_durable,
-    num_processors,
-    share,
-    start_writeback,
-)
 from upcycle_cli.plan.expressions import Expr, source_names
 from upcycle_cli.plan.output import Role, Shard
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.options import check_types
-from upcycle_cli.write.file_layout import (
-    Part,
-    ShardLayout,
-    bundles,
-    file_digest,
-    lay_out,
-    read_back,
-)
+from upcycle_cli.write import file_layout
+from upcycle_cli.write.file_layout import Part
 from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
 
 # Much less than a huge page: docs/evidence/decisions.md says why.
@@ -104,13 +92,13 @@ def write_weights(
 ) -> Written:
     """Write the shards that no earlier run has finished; UpcycleError when a value overflows."""
     with plan.reader() as reader:
-        crew = _Crew(reader, staging, options, progress, can_share(staging.path))
-        tasks = [_Task(shard.name, lay_out(shard), crew) for shard in shards]
+        crew = _Crew(reader, staging, options, progress, platform.can_share(staging.path))
+        tasks = [_Task(shard.name, file_layout.lay_out(shard), crew) for shard in shards]
         for task in tasks:
             for part in task.layout.parts:
                 crew.first.setdefault(part.expr, (task, part.offsets[0]))
         # One usually waits for the disk.
-        threads = options.workers or min(4, num_processors() + 1)
+        threads = options.workers or min(4, platform.num_processors() + 1)
         crew.run([task.take_over for task in tasks if staging.noted(task.name)], threads)
         missing = [task for task in tasks if not task.complete.is_set()]
         # Several files at once: while the disk has one, the next is filled.
@@ -175,7 +163,7 @@ class _Task:
     """The writing of one file."""
 
     name: str
-    layout: ShardLayout
+    layout: file_layout.ShardLayout
     crew: _Crew
     written: Written = field(default_factory=Written)
     complete: Event = field(default_factory=Event)
@@ -187,10 +175,10 @@ class _Task:
         noted = self.crew.staging.noted(self.name)
         try:
             with (self.crew.staging.path / self.name).open("rb") as file:
-                found = read_back(file, self.layout, self.crew.check_running)
+                found = file_layout.read_back(file, self.layout, self.crew.check_running)
         except OSError:
             return  # an unreadable file is written again
-        if found is None or noted["xxh3_128"] != file_digest(self.layout, found):
+        if found is None or noted["xxh3_128"] != file_layout.file_digest(self.layout, found):
             return
         parts, weights = self.layout.parts, self.layout.nbytes - len(self.layout.header)
         self.written = Written(
@@ -207,7 +195,7 @@ class _Task:
         """Return the note with which `take_over` recognises the file in a later run."""
         counts = [self.written.vanished.get(part.expr) for part in self.layout.parts]
         return {
-            "xxh3_128": file_digest(self.layout, self.crew.digests),
+            "xxh3_128": file_layout.file_digest(self.layout, self.crew.digests),
             "routers": self.written.routers,
             "shared_bytes": self.written.shared_bytes,
             "vanished": {index: count for index, count in enumerate(counts) if count},
@@ -226,15 +214,16 @@ class _Task:
                 parts = {part.expr: part for part in self.layout.parts}
                 work = [
                     partial(self._write_own, [parts[expr] for expr in bundle], descriptor)
-                    for bundle in bundles([*parts])
+                    for bundle in file_layout.bundles([*parts])
                 ]
                 with _flushed(descriptor) if durable else nullcontext():
                     self.crew.run(work, self.crew.threads_per_file)
                 if self.crew.shares:
-                    start_writeback(descriptor)  # otherwise each sharing waits for the disk
+                    # Otherwise each sharing waits for the disk.
+                    platform.start_writeback(descriptor)
                     self._share_parts(descriptor)
                 if durable:
-                    make_durable(descriptor)
+                    platform.make_durable(descriptor)
             self._check_source()
             temporary.rename(path)
             staging.note(self.name, self._facts())
@@ -287,7 +276,7 @@ class _Task:
             unshared = []
             with nullcontext(descriptor) if origin is self else origin.opened() as first:
                 for offset in offsets:
-                    if share(first, source, descriptor, offset, part.nbytes):
+                    if platform.share(first, source, descriptor, offset, part.nbytes):
                         self.written.shared_bytes += part.nbytes
                         self.crew.advance(part.nbytes)
                     else:
@@ -335,7 +324,7 @@ def _flushed(descriptor: int) -> Iterator[None]:
 
     def flush() -> None:
         while not stop.wait(_FLUSH_SECONDS):
-            start_writeback(descriptor)
+            platform.start_writeback(descriptor)
 
     with ThreadPoolExecutor(1, "upcycle-flusher") as pool:
         flushing = pool.submit(flush)
