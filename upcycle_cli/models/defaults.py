@@ -128,10 +128,6 @@ _CHECKED_IF_READ: Mapping[str, _Rule] = {
 }
 
 
-_ROPE_NAMES: Mapping[str, Mapping[str, str]] = {"phi3": {"yarn": "longrope"}}
-"""Names of rope scaling, by model type, that transformers takes for others."""
-
-
 class ConfigValues:
     """Reads settings from a config, with the defaults of its model type."""
 
@@ -139,7 +135,8 @@ class ConfigValues:
         self, config: Mapping[str, Any], model_type: str, keys: Mapping[str, str] | None = None
     ) -> None:
         self.config, self.defaults, self.keys = config, defaults_of(model_type), keys or {}
-        self.rope_names = _ROPE_NAMES.get(model_type, {})
+        self.known = {**self.defaults, **config, **dict.fromkeys(self.keys)}
+        self.model_type = model_type
 
     def __getitem__(self, key: str) -> Any:  # noqa: ANN401 - a JSON value
         """Return a setting; raises UpcycleError for an invalid one."""
@@ -168,8 +165,7 @@ class ConfigValues:
         "rope_theta" and "rope_scaling" replace all forms of rope settings; the latter is None for
         plain rope. Raises UpcycleError for invalid values.
         """
-        known = {**self.defaults, **self.config, **dict.fromkeys(self.keys)}
-        found = known | {key: self[key] for key in _CHECKED if key in known}
+        found = self.known | {key: self[key] for key in _CHECKED if key in self.known}
         if "num_attention_heads" in found:
             heads, hidden_size = found["num_attention_heads"], found["hidden_size"]
             if found.get("head_dim") is None and hidden_size % heads:
@@ -204,7 +200,8 @@ class ConfigValues:
         theta = self._checked("rope_theta", {**self.config, **inside})
         scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        kind = self.rope_names.get(kind, kind) if isinstance(kind, str) else kind
+        if self.model_type == "phi3" and kind == "yarn":
+            kind = "longrope"  # as transformers reads it
         kinds = table("defaults")["rope_kinds"]
         if kind not in kinds:
             raise UpcycleError(

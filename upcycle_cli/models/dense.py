@@ -119,12 +119,9 @@ class DenseFamily:
         return config, base, whole
 
 
-def rope_layers(listed: object, interval: object, count: int) -> Sequence[bool]:
-    """Return which layers have rotary embeddings; UpcycleError for invalid values.
-
-    `listed` has 0 for the layers without. If it is None, every `interval`-th layer is one, and none
-    if that is None too.
-    """
+def rope_layers(values: Mapping[str, Any], count: int) -> Sequence[bool]:
+    """Return which layers have rotary embeddings; UpcycleError for invalid values."""
+    listed, interval = map(values.get, ("no_rope_layers", "no_rope_layer_interval"))
     if listed is None and (interval is None or (type(interval) is int and interval > 0)):
         return [interval is None or (layer + 1) % interval != 0 for layer in range(count)]
     if not isinstance(listed, list) or len(listed) != count:
@@ -193,16 +190,6 @@ class DenseModel(Compact):
         """The share of each head that the rotary embedding rotates."""
         key = "partial_rotary_factor"
         return float(self.values[key]) if key in defaults.defaults_of(self.model_type) else 1.0
-
-    @property
-    def rope_layers(self) -> Sequence[bool]:
-        """Whether each layer has rotary embeddings."""
-        listed, interval = map(self.values.get, ("no_rope_layers", "no_rope_layer_interval"))
-        return rope_layers(listed, interval, self.num_layers)
-
-    def size(self, product: str) -> int:
-        """Return a product of config keys and integers."""
-        return defaults.dimension(product, self.values)
 
     @property
     def activation(self) -> str:

@@ -71,11 +71,7 @@ _ALL_SLIDE = _sliding(lambda *_: True)
 _ALL_BUT_EACH_FOURTH = _sliding(lambda _, layer: layer % 4 != 0)
 _LAST_SLIDE = _sliding(lambda values, layer: layer >= values["max_window_layers"])
 _WITHOUT_ROPE_SLIDE = _sliding(
-    lambda values, layer: (
-        not rope_layers(
-            values["no_rope_layers"], values["no_rope_layer_interval"], values["num_hidden_layers"]
-        )[layer]
-    )
+    lambda values, layer: not rope_layers(values.known, values["num_hidden_layers"])[layer]
 )
 _BY_PATTERN = _sliding(
     lambda values, layer: (layer + 1) % values.config.get("sliding_window_pattern", 4) != 0
@@ -130,6 +126,7 @@ _GEMMA: Any = {
     "activation": "hidden_activation",
 }
 
+_AS_LLAMA = ("cwm", "diffllama", "doge", "hyperclovax", "internlm3", "minicpm3", "ministral3")
 _LIKE_LLAMA = ("ernie4_5_moe", "granitemoe", "granitemoehybrid")
 _LIKE_MISTRAL = ("glm4_moe", "solar_open", *_LIKE_LLAMA)
 
@@ -145,6 +142,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         "qwen3", windows=_LAST_SLIDE, targets=("qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum")
     ),
+    *map(DenseFamily, _AS_LLAMA),
     DenseFamily("apertus", **_FEEDFORWARD_NORM),
     DenseFamily("apertus1p5_text", **_FEEDFORWARD_NORM),
     DenseFamily("arcee", mlp=_UP_DOWN),
@@ -160,9 +158,6 @@ _ROWS: Sequence[DenseFamily] = (
         interleaved_rope=True,
         targets=("cohere2_moe",),
     ),
-    DenseFamily("cwm"),
-    DenseFamily("diffllama"),
-    DenseFamily("doge"),
     DenseFamily("ernie4_5", interleaved_rope=True, targets=("ernie4_5_moe",)),
     DenseFamily("exaone4", norm=None),
     DenseFamily(
@@ -232,8 +227,6 @@ _ROWS: Sequence[DenseFamily] = (
         targets=(SHIPPED, "mixtral", "glm4_moe", "ernie4_5_moe"),
     ),
     DenseFamily("hunyuan_v1_dense", targets=("hunyuan_v1_moe",)),
-    DenseFamily("hyperclovax"),
-    DenseFamily("internlm3"),
     DenseFamily("iquestcoder", targets=("mixtral", "qwen2_moe", "glm4_moe", SHIPPED, *_LIKE_LLAMA)),
     DenseFamily("jais2", mlp=_UP_DOWN),
     DenseFamily(
@@ -244,13 +237,11 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("lfm2_moe",),
     ),
     DenseFamily("lfm3", **_LFM, renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),)),
-    DenseFamily("minicpm3"),
     DenseFamily(
         "ministral",
         windows=_ALL_SLIDE,
         targets=("qwen2_moe", SHIPPED, "mixtral", *_LIKE_MISTRAL),
     ),
-    DenseFamily("ministral3"),
     DenseFamily(
         "modernbert-decoder",
         mlp=(

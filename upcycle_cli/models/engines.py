@@ -119,7 +119,6 @@ _CAUSES: Mapping[str, str] = {
 _ATTENTION = "attention: "
 TOGETHER = " + "
 """Joins properties that only fail together."""
-_LOSS, _NO_LOSS = "loss", "no loss"
 ALL_SHIPPED = UPCYCLED_PREFIX.rstrip("_")
 """Stands for every model type with shipped code."""
 _SUPPORT: Mapping[tuple[str, str], Support] = {
@@ -154,7 +153,8 @@ def traits_of(
 ) -> Traits:
     """Return the traits of an MoE; `config` and `layers` are the MoE's."""
     config = text_config_of(config)
-    mlps = target.layers.mlps(config) or target.num_layers(config)
+    kinds = target.layers.kinds(config)
+    mlps = sum(kind in ("mlp", "moe") for kind in kinds) or target.num_layers(config)
     applies = {
         TIED: config.get("tie_word_embeddings", False),
         FUSED: fused,
@@ -252,7 +252,7 @@ def trainers(
 ) -> tuple[Trainer, ...]:
     """Return the support of each trainer."""
     kind, known = ALL_SHIPPED if target.ships_code else target.title, table("trainers")
-    balanced = _LOSS if target.has_balancing_loss else _NO_LOSS
+    balanced = "loss" if target.has_balancing_loss else "no loss"
     matrices = (f'"{weight.name}"' for weight in target.in_memory.experts if not weight.is_bias)
     values = {
         "num_experts": "N" if num_experts is None else num_experts,

@@ -80,10 +80,8 @@ class LayerChoice:
     INVALID or UpcycleError for an inconsistent config."""
     limits: str = ""
     """The limits of the keys, to follow "X cannot express this model: …"."""
-    count: Callable[[_Config], int | None] = lambda _: None
-    """The number of layers; None if num_hidden_layers states it."""
-    mlps: Callable[[_Config], int | None] = lambda _: None
-    """How many layers are MLPs or mixtures of experts; None if all are."""
+    kinds: Callable[[_Config], Sequence[str]] = lambda _: ()
+    """The kinds of all layers; empty if num_hidden_layers states their number."""
 
     def objection(self, layers: _Layers, kinds: Sequence[str]) -> str | None:
         """Return why a config cannot state these layers, or None if it can."""
@@ -202,6 +200,5 @@ MLP_TYPES_AND_FIRST_DENSE = replace(
 BLOCK_TYPES = LayerChoice(
     _write_blocks,
     lambda config, _: [i for i, kind in enumerate(block_types(config)) if kind == "moe"],
-    count=lambda config: len(block_types(config)),
-    mlps=lambda config: sum(kind in ("mlp", "moe") for kind in block_types(config)),
+    kinds=block_types,
 )

@@ -144,9 +144,9 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
 
 def native_target(name: str, inside: wrappers.Inside | None) -> Target:
     """Return the row of an architecture of transformers, inside its wrapper if it has one."""
-    if inside is None:
-        return NATIVE[name]
     target = WRAPPED_TARGETS[name] if name in WRAPPED_TARGETS else NATIVE[name]
+    if inside is None:
+        return target
     return replace(
         target,
         layer=inside.wrapped(target.layer),
@@ -290,7 +290,7 @@ class Family(Compact):
         here, there = self.dense.family.inside, self.target.inside
         if here is not None and there is not None:
             return here.moved(source, there)
-        return self.target.name(source)
+        return wrappers.replace_parts(source, self.target.renamed)
 
 
 def choose(

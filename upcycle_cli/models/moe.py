@@ -18,7 +18,7 @@ from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.layers import ALL, INVALID, LayerChoice
 from upcycle_cli.models.mlp import Weight
 from upcycle_cli.models.shipped import ARCHITECTURE, UPCYCLED_PREFIX, WRAPPED_ARCHITECTURE
-from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside, replace_parts, text_config_of
+from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside, text_config_of
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
@@ -225,10 +225,6 @@ class Target(Compact):
         """The prefix of all tensor names except the head's."""
         return self.layer.partition("layers.")[0]
 
-    def name(self, source: str) -> str:
-        """Return the name of a copied dense tensor."""
-        return replace_parts(source, self.renamed)
-
     def prefix(self, layer: int) -> str:
         """Return the prefix of a layer's tensor names."""
         return self.layer.format(layer=layer)
@@ -310,7 +306,7 @@ class Target(Compact):
 
     def num_layers(self, config: Mapping[str, Any]) -> int:
         """Return the number of layers of any kind; UpcycleError if it is invalid."""
-        return self.layers.count(config) or self.count(config, "num_hidden_layers")
+        return len(self.layers.kinds(config)) or self.count(config, "num_hidden_layers")
 
     def routing(self, config: Mapping[str, Any]) -> Routing:
         """Return the routing that an MoE config states; UpcycleError for an unknown value."""

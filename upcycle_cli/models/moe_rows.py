@@ -8,13 +8,12 @@ from typing import Any
 
 from upcycle_cli.models import layers, mlp
 from upcycle_cli.models.defaults import defaults_of
-from upcycle_cli.models.dense import FULL, SLIDING, DenseModel
+from upcycle_cli.models.dense import FULL, SLIDING, DenseModel, rope_layers
 from upcycle_cli.models.moe import ExtraTensor, Keys, MoeBlock, SharedExpert, Target
 from upcycle_cli.recipe.recipe import ExpertLayout, Routing
 
 
 def _no_longrope(dense: DenseModel) -> str | None:
-    """Refuse longrope."""
     scaling = dense.values["rope_scaling"] or {}
     words = "its rotary embeddings are scaled by longrope, which is untested with the target"
     return words if scaling.get("rope_type") == "longrope" else None
@@ -33,7 +32,8 @@ def _granitemoe_swa(dense: DenseModel) -> dict[str, Any]:
     """State the rotary base of each layer, 0 without rotary embeddings. A window must be given."""
     values = dense.values
     stated = values["layer_rope_theta"] if dense.model_type == "granite_swa" else None
-    bases = stated or [values["rope_theta"] * rotates for rotates in dense.rope_layers]
+    rotated = rope_layers(values, dense.num_layers)
+    bases = stated or [values["rope_theta"] * rotates for rotates in rotated]
     window = values["sliding_window"] or values["max_position_embeddings"]
     return _granitemoe(dense) | {"sliding_window": window, "layer_rope_theta": bases}
 

@@ -150,9 +150,8 @@ def becomes(config: Mapping[str, Any], names: Collection[str]) -> tuple[TargetFa
 
     `names` are the model's tensors. Raises UpcycleError for an invalid config.
     """
-    found = [
-        _of_model(config, names, name) for name in lookup.targets_of(lookup.dense_family(config))
-    ]
+    targets = lookup.targets_of(lookup.dense_family(config))
+    found = [_of_model(config, names, name) for name in targets]
     return tuple(replace(facts, advice=tuple(_advice(facts, found))) for facts in found)
 
 

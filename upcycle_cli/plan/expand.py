@@ -142,7 +142,7 @@ class _Grower:
         # Multi-token prediction layers come after the layers that the config counts.
         if layer not in experts.layers and router not in experts.moe.tensors:
             return {}
-        N, hidden = experts.num_experts, experts.target.value(experts.moe.config, "hidden_size")
+        N, hidden = experts.num_experts, experts.hidden_size
         found: dict[str, tuple[int, ...]] = {router: (N, hidden)}
         bias = experts.target.correction_bias(self._held, experts.routing)
         if bias is not None:

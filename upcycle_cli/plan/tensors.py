@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from upcycle_cli.checkpoint.checkpoint import tensor_of
 from upcycle_cli.core.errors import UpcycleError
+from upcycle_cli.models.defaults import dimension
 from upcycle_cli.models.layers import by_layer
 from upcycle_cli.models.mlp import BIAS, Weight, find_weight, locate, parts_of
 from upcycle_cli.plan import expressions as ex
@@ -158,7 +159,7 @@ class TensorMaker:
             return
         start, stored = 0, self._uncast(name)
         for piece in family.pieces[own_name]:
-            stop = start + dense.size(piece.rows)
+            stop = start + dimension(piece.rows, dense.values)
             is_all = stop - start == ex.type_of(stored).shape[0]
             expr: ex.Expr = stored if is_all else ex.Slice(stored, 0, start, stop)
             expr = self._options.cast(self._rotated(piece.name, expr))
@@ -170,7 +171,7 @@ class TensorMaker:
         """Return a tensor with its rows in the order in which the target's rope rotates them."""
         if not self._plan.family.moves_rows(own_name):
             return expr
-        size = self._dense.size("head_dim")
+        size = self._dense.values["head_dim"]
         pairs = math.ceil(int(size * self._dense.rotary_share) / 2)  # as transformers rounds
         return ex.RotaryRows(expr, size, 2 * pairs, self._target.interleaved_rope)
 
@@ -189,7 +190,8 @@ class TensorMaker:
         for row in rows:
             value = row.value(self._dense.values)
             if row.of is None:
-                size = self._recipe.num_experts if row.per_expert else self._dense.size(row.size)
+                size = self._dense.values[row.size]
+                size = self._recipe.num_experts if row.per_expert else size
                 yield row.name, ex.Full(self._mlp_dtype(layer), (size,), value)
             else:
                 yield row.name, ex.scaled(self._tensor(self._dense.prefix(layer) + row.of), value)
