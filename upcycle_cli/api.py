@@ -32,15 +32,7 @@ from upcycle_cli.recipe.options import check_kind
 from upcycle_cli.recipe.recipe import Growth, Promise, Recipe, to_recipe
 from upcycle_cli.write.distributed import Team, write_together
 from upcycle_cli.write.preflight import check_before, check_name, is_finished
-from upcycle_cli.write.staging import (
-    Staging,
-    join,
-    locked,
-    partial_of,
-    publish,
-    recover,
-    transaction,
-)
+from upcycle_cli.write.staging import Staging, join, locked, publish, recover, transaction
 from upcycle_cli.write.writer import WriteOptions
 
 if TYPE_CHECKING:
@@ -172,12 +164,12 @@ def preview(request: Request, hooks: Hooks, team: Team) -> tuple[Plan, list[str]
             notes.append(f"{output} is already what this command makes.")
         else:
             check_before(plan, output, overwrite=overwrite)
-            if (partial := partial_of(output)).exists():
-                with locked(partial):
-                    staging = Staging(output=output, plan=plan, durable=False)
+            staging = Staging(output=output, plan=plan, durable=False)
+            if staging.directory.exists():
+                with locked(staging.directory):
                     ours = staging.check_plan(restart=overwrite) == plan.digest
                 use = "its finished files are used" if ours else "it is removed"
-                notes.append(f"{partial} holds an unfinished conversion: {use}.")
+                notes.append(f"{staging.directory} holds an unfinished conversion: {use}.")
     except UpcycleError as error:
         notes.append(f"converting would be refused: {' '.join(str(error).split())}")
     return plan, notes

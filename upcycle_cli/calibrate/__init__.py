@@ -1,4 +1,1 @@
-"""Calibration: run the dense model on a text, and fit router rows and neuron orders to it.
-
-`collect` runs the model; `fitting` fits in numpy.
-"""
+"""Calibration: run the dense model on a text, and fit router rows and neuron orders to it."""

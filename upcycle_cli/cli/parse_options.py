@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.budget import Budget
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
-    from upcycle_cli.publish.push import Destination
     from upcycle_cli.recipe.recipe_file import Value
 
 _SIZES = ("expansion", "granularity", "top_k")
@@ -167,15 +166,6 @@ def to_options(moe: MoeOptions) -> Options:
         max_shard_bytes=_number("max_shard_size", moe.max_shard_size, _SIZE),
         untie_embeddings=moe.untie_embeddings,
     )
-
-
-def to_destination(repo: str | None, **options: Any) -> Destination | None:  # noqa: ANN401
-    """Return where to push, with options of a Destination; None for nowhere."""
-    if repo is None:
-        return None
-    from upcycle_cli.publish.push import Destination
-
-    return Destination(repo=repo, **options)
 
 
 def to_budget(

@@ -138,11 +138,6 @@ def is_inner_name(name: object) -> TypeGuard[str]:
     return bool(path.parts) and path.parts[0] != "/" and ".." not in path.parts
 
 
-def header_digest(file: BufferedReader) -> str:
-    """Return the SHA-256 of an open weight file's header."""
-    return hashlib.sha256(read_header(file)).hexdigest()
-
-
 def read_header(file: BufferedReader) -> bytes:
     """Return an open weight file's header; a false length reads a limited number of bytes."""
     return file.read(min(int.from_bytes(file.read(8), "little"), MOST_LISTING_BYTES))

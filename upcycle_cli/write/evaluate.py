@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
 
-from upcycle_cli.checkpoint.header import (
-    LARGEST,
-    NUMPY_DTYPES,
-    OverflowInCastError,
-    rounded,
-    to_float32,
-)
+from upcycle_cli.checkpoint import header
+from upcycle_cli.checkpoint.header import NUMPY_DTYPES, OverflowInCastError, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.expressions import describe
@@ -263,7 +258,8 @@ def converted(
         with np.errstate(over="ignore", invalid="ignore"):
             product = wide if factor == 1.0 else wide * np.float32(factor)
             piece[...] = rounded(product, after)
-        if not -LARGEST[after] <= product.min() <= product.max() <= LARGEST[after]:
+        most = header.LARGEST[after]
+        if not -most <= product.min() <= product.max() <= most:
             made = to_float32(piece, after)
             if (np.isinf(made) & np.isfinite(wide)).any():
                 raise OverflowInCastError

@@ -128,6 +128,16 @@ def record_digest(output: Path) -> str | None:
         return None
 
 
+def entry_of(path: Path, name: str) -> dict[str, Any]:
+    """Return a file's entry in the record, with the digest of a weight file's header only."""
+    with safe_files.open_regular(path) as file:
+        entry = {"name": name, "size": os.fstat(file.fileno()).st_size}
+        if name.endswith(".safetensors"):
+            header = safe_files.read_header(file)
+            return entry | {"header_sha256": hashlib.sha256(header).hexdigest()}
+        return entry | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def _listed(output: Path, record: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the files that a record lists, and the digests of the routers."""
     try:
@@ -151,18 +161,13 @@ def _change(
         return "" if same else "it lists other files"
     if name not in listed:
         return ""
+    if listed[name] != entry_of(path, name):
+        return f"it is not the file that {RECORD_NAME} lists"
+    if not name.endswith(".safetensors"):
+        return ""
     with safe_files.open_regular(path) as file:
-        is_weights = name.endswith(".safetensors")
-        if is_weights:
-            digest = {"header_sha256": safe_files.header_digest(file)}
-        else:
-            digest = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        if listed[name] != {"name": name, "size": os.fstat(file.fileno()).st_size} | digest:
-            return f"it is not the file that {RECORD_NAME} lists"
-        file.seek(0)
         # Any training changes the routers; experts are not read.
-        header = safe_files.read_header(file) if is_weights else b"{}"
-        for entry in parse_header(header, path, name)[0]:
+        for entry in parse_header(safe_files.read_header(file), path, name)[0]:
             if entry.name in routers:
                 file.seek(entry.offset)
                 found = hashlib.sha256(file.read(entry.nbytes)).hexdigest()

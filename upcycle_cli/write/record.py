@@ -7,7 +7,7 @@ directory is published.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME, RECORD_NAME
 from upcycle_cli.core import safe_files
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.write.ownership import entry_of
 from upcycle_cli.write.staging import Staging
 from upcycle_cli.write.writer import Written
 
@@ -35,7 +36,7 @@ def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
         "routers": dict(written.routers),
         **_picked(how, "calibration", "router_file", "order_file"),
         "plan_sha256": plan.digest,
-        "files": list(_listed(plan, staging)),
+        "files": [entry_of(staging.path / name, name) for name in sorted(plan.file_names)],
     }
 
 
@@ -78,17 +79,6 @@ def _merged(plan: Plan) -> dict[str, Any]:
 
 def _picked(how: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: how[key] for key in keys if key in how}
-
-
-def _listed(plan: Plan, staging: Staging) -> Iterator[dict[str, Any]]:
-    for name in sorted(plan.file_names):
-        path = staging.path / name
-        entry = {"name": name, "size": path.stat().st_size}
-        if name.endswith(".safetensors"):
-            with path.open("rb") as file:
-                yield entry | {"header_sha256": safe_files.header_digest(file)}
-        else:
-            yield entry | {"sha256": safe_files.sha256_of(path)}
 
 
 def index_of(plan: Plan) -> dict[str, Any] | None:

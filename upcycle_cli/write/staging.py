@@ -76,10 +76,6 @@ class Staging:
         path.parent.mkdir(exist_ok=True)
         safe_files.write_whole(path, data)
 
-    def note(self, name: str, facts: dict[str, Any]) -> None:
-        """Note that a shard is complete, so that a later run need not write it again."""
-        self._save(name + NOTE_SUFFIX, facts)
-
     def noted(self, name: str) -> dict[str, Any]:
         """Return the note on a shard of this plan; empty without one."""
         found = read_state(self.directory / (name + NOTE_SUFFIX))
@@ -106,7 +102,7 @@ class Staging:
         # The marker is written before any removal, so a kill leaves a directory known as ours. It
         # is not rewritten: a full disk may have no room for it.
         if digest != self.plan.digest:
-            self._save(MARKER, {})
+            self.save(MARKER, {})
         noted = [shard.name for shard in self.plan.shards if self.noted(shard.name)]
         notes = [name + NOTE_SUFFIX for name in noted]
         _keep_only(self.directory, {MARKER, self.path.name, *calibration, *notes})
@@ -120,11 +116,12 @@ class Staging:
         """
         names = (*self.plan.file_names, RECORD_NAME, CARD_NAME, safe_files.CHECKSUMS_NAME)
         _keep_only(self.path, {name.split("/")[0] for name in names})
-        self._save(MARKER, {"replaces": replaces})
+        self.save(MARKER, {"replaces": replaces})
         if self.durable:
             sync_tree(self.directory)  # cheap: the weights are durable already
 
-    def _save(self, name: str, value: dict[str, Any]) -> None:
+    def save(self, name: str, value: dict[str, Any]) -> None:
+        """Write the marker, or the note by which a later run knows a complete shard."""
         data = json.dumps({"plan_sha256": self.plan.digest} | value).encode()
         safe_files.write_whole(self.directory / name, data, durable=self.durable)
 

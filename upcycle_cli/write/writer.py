@@ -32,7 +32,7 @@ from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.options import check_types
 from upcycle_cli.write import file_layout
 from upcycle_cli.write.file_layout import Part
-from upcycle_cli.write.staging import TEMPORARY_SUFFIX, Staging
+from upcycle_cli.write.staging import NOTE_SUFFIX, TEMPORARY_SUFFIX, Staging
 
 # Much less than a huge page: docs/evidence/decisions.md says why.
 _PIECE_BYTES = 1 << 19
@@ -226,7 +226,7 @@ class _Task:
                     platform.make_durable(descriptor)
             self._check_source()
             temporary.rename(path)
-            staging.note(self.name, self._facts())
+            staging.save(self.name + NOTE_SUFFIX, self._facts())
         except OSError as error:
             if error.errno == errno.EFAULT:
                 self._check_source()  # a truncated source has no pages there

@@ -62,6 +62,7 @@ def convert(
     source, output = values.places(context, source, output)  # before the slow imports
     from upcycle_cli.api import Request, carry_out, preview
     from upcycle_cli.plan.merge import MergeRequest
+    from upcycle_cli.publish.push import Destination
     from upcycle_cli.write.distributed import Team
     from upcycle_cli.write.writer import WriteOptions
 
@@ -90,9 +91,11 @@ def convert(
             verify=verify,
             checksums=checksums,
             writing=WriteOptions(workers=workers, fsync=fsync),
-            push=values.to_destination(
-                push_to_hub, revision=push_revision, private=private, create_pr=create_pr
-            ),
+            push=Destination(
+                repo=push_to_hub, revision=push_revision, private=private, create_pr=create_pr
+            )
+            if push_to_hub is not None
+            else None,
             merge=MergeRequest(experts_from=experts_from, rest=rest, source_too=source_experts)
             if experts_from
             else None,
