@@ -252,7 +252,6 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
 
 
 def _target_rows(targets: Sequence[TargetFacts]) -> Iterator[Row]:
-    """Yield the targets of a dense model, and the properties of the default one."""
     from upcycle_cli.models.overview import target_rows
 
     able = [target for target in targets if target.refusal is None]

@@ -71,7 +71,6 @@ def _windows(values: _Values) -> str | None:
 
 
 def _skips_rope(values: _Values) -> bool:
-    """Whether the config takes rotary embeddings from some layers."""
     if "no_rope_layers" in values:  # 1 for each layer with rope
         listed = values["no_rope_layers"]
         return not all(listed) if listed is not None else bool(values["no_rope_layer_interval"])

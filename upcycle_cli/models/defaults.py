@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
@@ -37,10 +37,10 @@ def defaults_of(model_type: str) -> Mapping[str, Any]:
     return MappingProxyType(table("defaults")["defaults"].get(model_type, {}))
 
 
-def class_names(model_type: str) -> Sequence[str]:
+def class_names(model_type: str) -> tuple[str, str, str]:
     """Return transformers' config, base model and causal language model of a type."""
-    names: Sequence[str] = table("defaults")["classes"][model_type]
-    return names
+    config, base, whole = table("defaults")["classes"][model_type]
+    return config, base, whole
 
 
 def tensor_shapes(model_type: str, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -115,8 +115,7 @@ class DenseFamily:
         """The names of transformers' config, base model and full model, or of the wrapper's."""
         if self.inside is not None:
             return self.inside.wrapper.classes
-        config, base, whole = defaults.class_names(self.model_type)
-        return config, base, whole
+        return defaults.class_names(self.model_type)
 
 
 def rope_layers(values: Mapping[str, Any], count: int) -> Sequence[bool]:

@@ -101,7 +101,6 @@ def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
 
 
 def _windows(dense: DenseModel, target: Target) -> dict[str, Any]:
-    """Return sliding windows, in the keys that the target has."""
     known = defaults_of(target.model_type).keys()
     if "sliding_window" not in known or target.model_type == dense.model_type:
         return {}
@@ -145,7 +144,6 @@ def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_keys(family: Family, recipe: Recipe, scale: float) -> dict[str, Any]:
-    """Return the keys that state the recipe."""
     dense, target = family.dense, family.target
     keys, expert_size = target.keys, dense.intermediate_size // recipe.granularity
     stated: dict[str | None, Any] = {

@@ -92,7 +92,6 @@ def _layouts(
 
 
 def _shared_swiglu(prefix: str) -> tuple[mlp.Weight, ...]:
-    """Return the weights of a shared expert without biases."""
     return mlp.matrices_of(mlp.swiglu(prefix))
 
 

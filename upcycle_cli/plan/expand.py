@@ -179,7 +179,6 @@ class _Grower:
         check_tensors(experts.moe, held | shapes)
 
     def _grown(self, layer: int) -> Iterator[OutputTensor]:
-        """Yield the grown router and experts of a layer."""
         experts, target, k = self.experts, self.experts.target, self.growth.expand
         prefix, held = target.prefix(layer), self._held
         made = target.layouts[self.layout]

@@ -82,7 +82,6 @@ def _experts_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _groups(plan: Plan, merge: Merge) -> str:
-    """Return which virtual groups come from which model."""
     groups = merge.of_groups(plan.recipe.expansion)
     return "groups " + "; ".join(
         f"of {source.name}: {', '.join(str(g) for g, model in enumerate(groups) if model == n)}"

@@ -85,8 +85,6 @@ class TensorMaker:
         if plan.options.untie_embeddings and untied:
             yield OutputTensor.of(target.head, self._tensor(embedding), Role.HEAD)
 
-    # The dense model ------------------------------------------------------------------------------
-
     def _tensor(self, name: str) -> ex.Expr:
         """Return a tensor outside the experts, in the output dtype."""
         return self._options.cast(self._uncast(name))
@@ -147,8 +145,6 @@ class TensorMaker:
             offset=self._dense.family.norm_offset,
         )
 
-    # Tensors outside the experts -----------------------------------------------------------------
-
     def _copied(self, name: str, layer: int | None = None) -> Iterator[OutputTensor]:
         """Yield a tensor under its new name, or the tensors that its rows are split into."""
         family, dense = self._plan.family, self._dense
@@ -196,10 +192,7 @@ class TensorMaker:
             else:
                 yield row.name, ex.scaled(self._tensor(self._dense.prefix(layer) + row.of), value)
 
-    # Mixtures of experts --------------------------------------------------------------------------
-
     def _mixture(self, layer: int) -> Iterator[OutputTensor]:
-        """Yield the tensors that replace a dense MLP."""
         target, layout, recipe = self._target, self._layout, self._recipe
         prefix = target.prefix(layer)
         yield OutputTensor.of(prefix + layout.router, self._router(layer), Role.ROUTER, layer)
@@ -263,7 +256,6 @@ class TensorMaker:
         return [VirtualGroup(*pair) for pair in zip(models, orders, strict=True)]
 
     def _experts(self, layer: int, weight: Weight, groups: Sequence[VirtualGroup]) -> list[ex.Expr]:
-        """Return one weight of each expert of a layer."""
         recipe, made = self._recipe, dict[tuple[VirtualGroup, int, int], ex.Expr]()
         cut = find_weight(self._mlps[layer], weight.parts[0]).split_dim
         transposed = {cut, weight.split_dim} == {0, 1}

@@ -140,7 +140,6 @@ def _filled(plan: Plan) -> Plan:
 def _check_prompts(
     prompts: Prompts, recipe: Recipe, source: Checkpoint, merge: Merge | None
 ) -> None:
-    """Raise UpcycleError for prompts that do not fit the models of a merge."""
     if merge is None:
         raise UpcycleError("`positive_prompts` need several models.", "Add `experts_from`.")
     if recipe.expansion != len(merge.cycle) or recipe.router_rows != recipe.expansion:
