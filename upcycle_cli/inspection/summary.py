@@ -11,18 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import counted, listed, parameter_text, size_text
-from upcycle_cli.hub.remote_checkpoint import (
-    download_model,
-    locate_model,
-    open_source,
-    split_revision,
-)
+from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
 from upcycle_cli.models.engines import Engine, Trainer, engines, support_lines, trainers, traits_of
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
@@ -132,8 +127,8 @@ def inspect(
             from upcycle_cli.plan.expand import build_growth
 
             plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
-        storages = [locate_model(*split_revision(str(each))) for each in listed(dense or ())]
-        sources = [open_checkpoint(download_model(storage)) for storage in storages]
+        places = (split_revision(str(each)) for each in listed(dense or ()))
+        sources = [open_source(*place).download() for place in places]
         found = _inspect_moe(checkpoint, weights, sources, text, watch or Progress())
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 Index: TypeAlias = tuple[int | slice | EllipsisType, ...]
 
-
-_Matrix = TypeVar("_Matrix", bound=Any)  # a numpy array or a torch tensor
 BIAS = "_bias"
 """The suffix of the parts gate_bias, up_bias and down_bias."""
 
@@ -67,13 +65,6 @@ class Location:
         if self.split_dim is None:
             return (*stack, ...)
         return (*stack, *(slice(None),) * self.split_dim, slice(self.start, self.stop))
-
-    def select(self, tensor: _Matrix, split_dim: int | None) -> _Matrix:
-        """Return the part of a tensor, transposed if its `split_dim` is not the wanted one."""
-        found: _Matrix = tensor[self.index]
-        if {split_dim, self.split_dim} == {0, 1}:
-            found = found.swapaxes(0, 1)
-        return found
 
 
 def locate(

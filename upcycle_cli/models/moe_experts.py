@@ -64,10 +64,6 @@ class Experts:
         """The parts of an expert, including biases if it has some."""
         return parts_of(self._weights(self.layers[0]))
 
-    def name(self, layer: int, name: str) -> str:
-        """Return the whole name of a tensor of a layer."""
-        return self.target.prefix(layer) + name
-
     def group_size(self, reader: Reader, layer: int) -> int:
         """Return how many neighbouring experts have equal router rows; 1 if that varies."""
         rows = [bytes(raw_bytes(row)) for row in self.router(reader, layer)]
@@ -76,7 +72,7 @@ class Experts:
 
     def router_name(self, layer: int) -> str:
         """Return the name of a layer's router in the checkpoint."""
-        return self.name(layer, self.target.layouts[self.layout].router)
+        return self.target.prefix(layer) + self.target.layouts[self.layout].router
 
     def router(self, reader: Reader, layer: int) -> torch.Tensor:
         """Return the router's rows, (N, H)."""
@@ -94,8 +90,8 @@ class Experts:
         found = locate(weights, part, width=self.expert_size, expert=expert)
         shape = find_weight(weights, part).shape(self.expert_size, self.hidden_size)
         shape = shape if found.row is None else (self.num_experts, *shape)
-        held = self._read(reader, self.name(layer, found.tensor), shape)
-        return found.select(held, self.cut(part))
+        held = self._read(reader, self.target.prefix(layer) + found.tensor, shape)[found.index]
+        return held.swapaxes(0, 1) if {self.cut(part), found.split_dim} == {0, 1} else held
 
     @property
     def shared_width(self) -> int:
@@ -129,14 +125,14 @@ class Experts:
         if part not in parts_of(weights):
             return None
         found = locate(weights, part, width=self.shared_width)
-        name = self.name(layer, found.tensor)
+        name = self.target.prefix(layer) + found.tensor
         return self._read(reader, name)[found.index] if name in self.moe.tensors else None
 
     def shared_works(self, reader: Reader, layer: int) -> bool:
         """Whether the shared expert of a layer has a nonzero output."""
         norm = None if self.target.shared is None else self.target.shared.norm
         if norm is not None:
-            return bool(self._read(reader, self.name(layer, norm)).any())
+            return bool(self._read(reader, self.target.prefix(layer) + norm).any())
         down = self.shared_part(reader, layer, "down")
         return down is not None and bool(down.any())
 
