@@ -61,17 +61,11 @@ def read_front_matter(text: str, keys: Sequence[str]) -> dict[str, Value]:
     given = found if isinstance(found, dict) else {}
     values = {key: given[key] for key in keys if given.get(key, "") not in _NULLS}
     for key, value in values.items():
-        if not _is_text(value):
-            raise UpcycleError(f"{key} is not a line of text.")
+        for line in value if isinstance(value, list) else [value]:
+            words = line.strip() if isinstance(line, str) and line.isprintable() else ""
+            if not 0 < len(words) <= _MAX_LINE:
+                raise UpcycleError(f"{key} is not a line of text.")
     return values
-
-
-def _is_text(value: object) -> bool:
-    """Whether a value is a printable line of text of a sensible length, or a list of lines."""
-    return all(
-        isinstance(line, str) and line.isprintable() and 0 < len(line.strip()) <= _MAX_LINE
-        for line in (value if isinstance(value, list) else [value])
-    )
 
 
 def sealed(card: str) -> str:

@@ -27,8 +27,6 @@ from upcycle_cli.checkpoint.storage import (
     WEIGHTS_NAME,
     FileStamp,
     Storage,
-    companions_of,
-    file_changed,
     find_adapter,
     json_object,
     read_json,
@@ -306,7 +304,7 @@ def open_storage(storage: Storage) -> Checkpoint:
     raw_config = safe_files.read_small(storage.local(CONFIG_NAME), safe_files.MOST_JSON_BYTES)
     config = json_object(raw_config, str(path / CONFIG_NAME))
     weight_map = _weight_map(storage)
-    shard_names = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_NAME]
+    shard_names = sorted(set(weight_map.values())) or [WEIGHTS_NAME]
     storage.prefetch_headers(shard_names)
     tensors: dict[str, TensorEntry] = {}
     shards = []
@@ -320,11 +318,22 @@ def open_storage(storage: Storage) -> Checkpoint:
                     f"and {shard_name}."
                 )
             tensors[entry.name] = entry
-    if weight_map:
-        _check_index(path, weight_map, tensors)
-    companions = companions_of(storage)
+    stored = {name: entry.shard for name, entry in tensors.items()}
+    for name in (*weight_map, *stored) if weight_map else ():
+        listed, found = weight_map.get(name), stored.get(name)
+        if found != listed:
+            words = f"lists {name} in {listed or 'no file'}, and it is in {found or 'no file'}"
+            raise UpcycleError(f"{path / INDEX_NAME} {words}.", "Download or copy it again.")
     digest = hashlib.sha256(raw_config).hexdigest()
-    return Checkpoint(storage, config, digest, tensors, tuple(shards), companions)
+    return Checkpoint(storage, config, digest, tensors, tuple(shards), storage.companions())
+
+
+def file_changed(path: Path) -> UpcycleError:
+    """Return the error for a file that changed since it was opened."""
+    return UpcycleError(
+        f"{path} changed while it was being read.",
+        "Run the command again once nothing writes to it.",
+    )
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -335,10 +344,11 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy 1's stubs lack Buffer
 
 
-def _weight_map(storage: Storage) -> dict[str, str] | None:
+def _weight_map(storage: Storage) -> dict[str, str]:
+    """Return the file of each tensor, from the index; empty for a single file."""
     # transformers reads the single file if both exist.
     if storage.has(WEIGHTS_NAME):
-        return None
+        return {}
     if not storage.has(INDEX_NAME):
         raise find_adapter(storage) or _missing_weights(storage)
     index_path = storage.local(INDEX_NAME)
@@ -367,14 +377,3 @@ def _missing_weights(storage: Storage) -> UpcycleError:
         f"{path} has no {WEIGHTS_NAME} and no {INDEX_NAME}.",
         "Only safetensors checkpoints under these names can be read.",
     )
-
-
-def _check_index(
-    path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
-) -> None:
-    stored = {name: entry.shard for name, entry in tensors.items()}
-    for name in (*weight_map, *stored):
-        listed, found = weight_map.get(name), stored.get(name)
-        if found != listed:
-            words = f"lists {name} in {listed or 'no file'}, and it is in {found or 'no file'}"
-            raise UpcycleError(f"{path / INDEX_NAME} {words}.", "Download or copy it again.")

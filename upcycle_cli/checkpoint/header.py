@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -83,7 +82,13 @@ def read_shard_header(storage: Storage, shard_name: str) -> tuple[FileStamp, lis
         )
     raw = storage.read(shard_name, 8, 8 + header_bytes)
     entries, metadata = parse_header(raw, file_path, shard_name)
-    _check_extents(entries, file_path, 8 + header_bytes, stamp.size)
+    places = sorted((entry.offset, entry.offset + entry.nbytes) for entry in entries)
+    ends = [8 + header_bytes, *(end for _, end in places)]
+    if [*(begin for begin, _ in places), stamp.size] != ends:
+        words = f"it has {stamp.size:,} bytes, and its tensors end at byte {ends[-1]:,}"
+        raise UpcycleError(
+            f"{file_path} is truncated or damaged: {words}, or do not follow one another.", _HINT
+        )
     kind = metadata.get("format") if isinstance(metadata, dict) else None
     return replace(stamp, digest=hashlib.sha256(raw).hexdigest(), format=kind), entries
 
@@ -113,19 +118,6 @@ def parse_header(raw: bytes, file_path: Path, shard_name: str) -> tuple[list[Ten
         words = f"tensor {name} has an invalid dtype, shape or offsets: {shown(info)}"
         raise UpcycleError(f"{file_path}: {words}.", _HINT)
     return entries, metadata
-
-
-def _check_extents(
-    entries: Sequence[TensorEntry], file_path: Path, data_start: int, file_bytes: int
-) -> None:
-    """Raise UpcycleError unless the tensors follow one another and fill the file."""
-    places = sorted((entry.offset, entry.offset + entry.nbytes) for entry in entries)
-    ends = [data_start, *(end for _, end in places)]
-    if [*(begin for begin, _ in places), file_bytes] != ends:
-        words = f"it has {file_bytes:,} bytes, and its tensors end at byte {ends[-1]:,}"
-        raise UpcycleError(
-            f"{file_path} is truncated or damaged: {words}, or do not follow one another.", _HINT
-        )
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:

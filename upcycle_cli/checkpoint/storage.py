@@ -128,24 +128,23 @@ class Storage:
         """Return the total size of the files that are not on this machine."""
         return 0
 
+    def companions(self) -> tuple[FileStamp, ...]:
+        """Return the tokenizer, licence and other companion files."""
+        names = [name for name in self.matching(COMPANIONS) if not is_weight_file(name)]
+        companions, most = tuple(map(self.stamp, names)), safe_files.MOST_COMPANION_BYTES
+        for file in companions:
+            if file.size > most:
+                raise UpcycleError(
+                    f"{self.path / file.name} has {file.size:,} bytes; at most {most:,} are "
+                    "allowed.",
+                    "Remove it, or replace it by the right file.",
+                )
+        return companions
+
 
 def is_weight_file(name: str) -> bool:
     """Whether engines load a file of this name as weights."""
     return name.casefold().endswith(WEIGHT_SUFFIXES)
-
-
-def companions_of(storage: Storage) -> tuple[FileStamp, ...]:
-    """Return the tokenizer, licence and other companion files; UpcycleError for a bad one."""
-    names = [name for name in storage.matching(COMPANIONS) if not is_weight_file(name)]
-    companions = tuple(map(storage.stamp, names))
-    for file in companions:
-        if file.size > safe_files.MOST_COMPANION_BYTES:
-            raise UpcycleError(
-                f"{storage.path / file.name} has {file.size:,} bytes; at most "
-                f"{safe_files.MOST_COMPANION_BYTES:,} are allowed.",
-                "Remove it, or replace it by the right file.",
-            )
-    return companions
 
 
 def read_json(path: Path, most: int = safe_files.MOST_JSON_BYTES) -> dict[str, Any]:
@@ -186,14 +185,6 @@ def adapter(place: str) -> UpcycleError:
         f"{place} is an adapter, not a whole model.",
         "Load its base model and it with peft, merge it (merge_and_unload()), save the result "
         "(save_pretrained(DIRECTORY)) and give that directory.",
-    )
-
-
-def file_changed(path: Path) -> UpcycleError:
-    """Return the error for a file that changed since it was opened."""
-    return UpcycleError(
-        f"{path} changed while it was being read.",
-        "Run the command again once nothing writes to it.",
     )
 
 

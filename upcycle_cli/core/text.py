@@ -42,10 +42,10 @@ def blotted(text: str) -> str:
     return _IN_ADDRESS.sub("", text)
 
 
-def any_of(names: Iterable[object]) -> str:
-    """Return a choice in words: 1, 2 or 4."""
+def any_of(names: Iterable[object], word: str = "or") -> str:
+    """Return a choice in words, such as 1, 2 or 4; with another word, a list."""
     *others, last = map(str, names)
-    return f"{', '.join(others)} or {last}" if others else last
+    return f"{', '.join(others)} {word} {last}" if others else last
 
 
 def did_you_mean(value: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:

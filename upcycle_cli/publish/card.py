@@ -62,7 +62,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         own,
         front_matter=_front_matter(plan),
         title=_markdown(plan.source.name.split("/")[-1]) + title,
-        origin=_origins(plan),
+        origin=any_of(map(_origin, plan.sources), "and"),
         function=_FUNCTION[plan.promise],
         facts="\n".join(f"| {key} | {_markdown(text)} |" for key, text in shown.items()),
         results=_results(report),
@@ -172,13 +172,8 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def _origins(plan: Plan) -> str:
-    """Return the names of the sources, with their commits if they come from the Hub."""
-    *others, last = map(_origin, plan.sources)
-    return f"{', '.join(others)} and {last}" if others else last
-
-
 def _origin(source: Checkpoint) -> str:
+    """Return the name of a source, with its commit if it comes from the Hub."""
     name, commit = source.name, source.revision
     if commit is None:
         return _code(name)

@@ -39,7 +39,9 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
     name = Path(models[-1]).name or models[-1]
     dense = "smaller MoE" if report.grown else "dense model"
     paths = report.paths or (Path(models[0]), Path(models[-1]))
-    record, facts = _record(paths[1]), dict[str, str]()
+    record, facts = dict[str, Any](), dict[str, str]()
+    with suppress(UpcycleError):
+        record = read_json(locate(paths[1], RECORD_NAME))
     with suppress(UpcycleError, OSError):
         facts = _facts(inspect(paths[1]))
     layers = [layer for check in report.checks for layer in check.layers]
@@ -126,13 +128,6 @@ def _verdict(report: Report, dense: str) -> str:
     asked = dict.fromkeys((*CHECK_NAMES, *(check.name for check in report.checks)))
     missing = ", ".join(name for name in asked if name not in ran)
     return f"{words}. Not checked: {missing}." if missing else f"{words}."
-
-
-def _record(directory: Path) -> Mapping[str, Any]:
-    try:
-        return read_json(locate(directory, RECORD_NAME))
-    except UpcycleError:
-        return {}
 
 
 def _origin_section(

@@ -187,7 +187,16 @@ class _Evaluator:
             return Rows(values.shape, values.__getitem__)
         indices = permutation(expr.order)[expr.start : expr.stop]
         indices = indices + expr.offset if expr.offset else indices
-        return gathered(self.value(expr.of), expr.dim, indices)
+        values = self.value(expr.of)
+
+        def make(rows: slice) -> NDArray[Any]:
+            # numpy's check of the indices costs more than gathering; a permutation's are right.
+            if expr.dim:
+                return values[rows].take(indices, axis=1, mode="wrap")
+            return values.take(indices[rows], axis=0, mode="wrap")
+
+        shape = (*values.shape[: expr.dim], len(indices), *values.shape[expr.dim + 1 :])
+        return Rows(shape, make)
 
     def _routers(self, expr: ex.Normal) -> NDArray[Any]:
         norm = math.sqrt(expr.shape[-1])
@@ -269,18 +278,6 @@ def converted(
     if lost:
         vanished(lost)
     return out
-
-
-def gathered(values: NDArray[Any], dim: int, indices: NDArray[np.intp]) -> Rows:
-    """Return the rows of a Gather."""
-
-    def make(rows: slice) -> NDArray[Any]:
-        # numpy's check of the indices costs more than gathering; a permutation's are right.
-        if dim:
-            return values[rows].take(indices, axis=1, mode="wrap")
-        return values.take(indices[rows], axis=0, mode="wrap")
-
-    return Rows((*values.shape[:dim], len(indices), *values.shape[dim + 1 :]), make)
 
 
 def averaged(parts: Sequence[tuple[NDArray[Any], str]]) -> Rows:

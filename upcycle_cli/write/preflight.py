@@ -11,7 +11,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.platform import can_share
-from upcycle_cli.core.safe_files import is_directory, is_in, locate, open_regular
+from upcycle_cli.core.safe_files import is_directory, is_in, locate
 from upcycle_cli.core.text import size_text
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.write.ownership import check_ownership, take_inventory
@@ -96,11 +96,7 @@ def check_before(plan: Plan, output: Path, *, overwrite: bool) -> None:
     for source in plan.sources:
         check_output(output, source, overwrite=overwrite)
         for file in source.companions if source.storage.is_local else ():
-            path = locate(source.path, file.name)
-            try:
-                open_regular(path).close()
-            except OSError as error:
-                raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
+            source.storage.read(file.name, 0, 0)
     check_space(plan, output)
 
 

@@ -62,7 +62,6 @@ def convert(
     source, output = values.places(context, source, output)  # before the slow imports
     from upcycle_cli.api import Request, carry_out, preview
     from upcycle_cli.plan.merge import MergeRequest
-    from upcycle_cli.publish.push import Destination
     from upcycle_cli.write.distributed import Team
     from upcycle_cli.write.writer import WriteOptions
 
@@ -76,6 +75,13 @@ def convert(
         values.check_pairs(context)
         if positive_prompts is not None and moe.router_init == RouterInit.NORMAL:
             moe = replace(moe, router_init=RouterInit.PROMPTS)
+        destination = None
+        if push_to_hub is not None:
+            from upcycle_cli.publish.push import Destination
+
+            destination = Destination(
+                repo=push_to_hub, revision=push_revision, private=private, create_pr=create_pr
+            )
         request = Request(
             source=source,
             output=output,
@@ -91,11 +97,7 @@ def convert(
             verify=verify,
             checksums=checksums,
             writing=WriteOptions(workers=workers, fsync=fsync),
-            push=Destination(
-                repo=push_to_hub, revision=push_revision, private=private, create_pr=create_pr
-            )
-            if push_to_hub is not None
-            else None,
+            push=destination,
             merge=MergeRequest(experts_from=experts_from, rest=rest, source_too=source_experts)
             if experts_from
             else None,
