@@ -43,7 +43,7 @@ from smollm2 import dense_and_scratch
 from upcycle_cli import inspect
 from upcycle_cli.models.engines import FAILS, SAME
 from upcycle_cli.plan.texts import builtin_texts
-from upcycle_cli.verification.engine_outputs import Output
+from upcycle_cli.verification.engines import Output
 
 TOKENS, SHORT_TOKENS = 16, 12
 NOTHING_WRONG: Output = {"texts": [[]], "margins": [[]], "logprobs": None}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from upcycle_cli.verification.engine_outputs import (
+from upcycle_cli.verification.engines import (
     HESITATION,
     LOW_PRECISION,
     ROUNDING,
@@ -60,18 +60,18 @@ def test_outputs_are_compared(
     found: Output, expected: Output, *, on_average: bool, difference: str
 ) -> None:
     tolerance = HESITATION if on_average else ROUNDING
-    said = compare(found, expected, tolerance, on_average=on_average).difference
+    said, _ = compare(found, expected, tolerance, on_average=on_average)
     assert difference in said
     assert bool(difference) == bool(said)
 
 
 def test_texts_may_part_earlier_in_low_precision() -> None:
     early, late = texts([1, 9, 9], margins=[3.0, 0.9, 3.0]), texts([1, 9, 9], margins=[3.0] * 3)
-    assert not compare(texts([1, 2, 3]), early, LOW_PRECISION, on_average=True).difference
-    assert compare(texts([1, 2, 3]), late, LOW_PRECISION, on_average=True).difference
-    assert compare(scores([-0.7]), scores([-1.0]), LOW_PRECISION, on_average=True).difference
+    assert not compare(texts([1, 2, 3]), early, LOW_PRECISION, on_average=True)[0]
+    assert compare(texts([1, 2, 3]), late, LOW_PRECISION, on_average=True)[0]
+    assert compare(scores([-0.7]), scores([-1.0]), LOW_PRECISION, on_average=True)[0]
 
 
 def test_the_largest_and_the_mean_difference_are_measured() -> None:
-    found = compare(scores([0.5, 1.0], [0.0]), scores([0.5, 0.0], [0.5]))
-    assert (found.mean, found.largest) == (0.5, 1.0)
+    _, found = compare(scores([0.5, 1.0], [0.0]), scores([0.5, 0.0], [0.5]))
+    assert (found["logprob_diff_mean"], found["logprob_diff_max"]) == (0.5, 1.0)

@@ -35,10 +35,10 @@ Stub = Callable[[str], Path]
 def stub(tmp_path: Path) -> Stub:
     """Make a Python that says it has the engine, and then runs these lines instead of it."""
 
-    def make(lines: str, has: str = "True") -> Path:
+    def make(lines: str) -> Path:
         path = tmp_path / "python"
         begin = f"#!{sys.executable}\nimport json, os, sys, time\nif sys.argv[1] == '-c':\n"
-        path.write_text(f"{begin}    sys.exit(print({has!r}))\n{lines}\n")
+        path.write_text(f"{begin}    sys.exit(0)\n{lines}\n")
         path.chmod(0o755)
         return path
 
@@ -83,9 +83,6 @@ def test_transformers_tells_a_right_model_from_a_wrong_one(
         ("os.kill(os.getpid(), 10)", "it ended with SIGUSR1: no message"),
         ("os._exit(3)", "no message"),
         ("print('hello')", "it printed no answer, but b'hello\\n'"),
-        ("print('1\\n2')", "it printed no answer, but b'1\\n2\\n'"),
-        ("print('1\\n{}')", "it printed no answer, but b'1\\n{}\\n'"),
-        (f"{ANSWER}\njob['rows'].pop()\nanswer(job)", "it answered for other rows"),
     ],
 )
 def test_an_engine_that_cannot_run_a_model(
@@ -155,12 +152,7 @@ def test_checkpoint_dtypes_and_softmax_topk_may_be_off_by_more(
             "cannot run /none/python: No such file",
         ),
         ("transformers", {"engine_python": "/"}, "cannot run /: Permission denied.\nGive the"),
-        ("transformers", {"engine_python": "/bin/echo"}, "/bin/echo is not a Python: it printed"),
-        (
-            "transformers",
-            {"engine_python": "/bin/false"},
-            "/bin/false is not a Python: it printed ''",
-        ),
+        ("transformers", {"engine_python": "/bin/false"}, "/bin/false has no transformers.\nInst"),
         (
             "transformers",
             {"engine_dtype": "int8"},

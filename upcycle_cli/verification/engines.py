@@ -6,15 +6,19 @@ run/engine_runner.py runs one model after the other, each in a process of the en
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
@@ -25,7 +29,6 @@ from upcycle_cli.run import engine_runner
 from upcycle_cli.run.engine_runner import CONVERTER, ENGINES
 from upcycle_cli.run.models import load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS
-from upcycle_cli.verification.engine_outputs import HESITATION, LOW_PRECISION, Output, compare
 from upcycle_cli.verification.prompts import TextOptions, make_prompt
 from upcycle_cli.verification.result import ENGINE, CheckResult, Findings, Status
 
@@ -33,17 +36,22 @@ if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import Checkpoint
     from upcycle_cli.verification.outputs import Expectation
 
+Output = Mapping[str, Any]
+"""What run/engine_runner.py answers: texts, margins and logprobs, each by row."""
+
+ROUNDING = 1e-3
+"""How far log-probabilities may differ by rounding in float32."""
+HESITATION = 0.1
+"""A hundred times the router's logits: how far softmax-topk may move log-probabilities."""
+LOW_PRECISION = 0.25
+"""How far bfloat16 may move log-probabilities on average; single ones move by four times that."""
+_ENOUGH_TOKENS = 24
 _ROWS, _LENGTH, _MOST_LENGTH, _TOKENS = 4, 128, 1024, 16
 """Rows of tokens, their usual and largest length, and how many tokens are generated after each."""
-_SHORT_SIGHTED = ("sliding_window", "original_max_position_embeddings")
-"""Keys of a config for the length beyond which attention or rotary embeddings change."""
-_ROUNDING = 1e-2
+_SHORT_SIGHTED = re.compile(r'"(?:sliding_window|original_max_position_embeddings)": (\d+)')
+"""Finds the length in a config beyond which attention or rotary embeddings change."""
+_GPU_ROUNDING = 1e-2
 """The mean difference of log-probabilities that float32 may cause; GPUs may round to TF32."""
-_HINT = "Give the interpreter that has the engine, such as `engine_python` VENV/bin/python."
-
-
-class EngineError(Exception):
-    """An engine could not run a model; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +78,20 @@ class EngineOptions:
             if name not in ENGINES:
                 raise UpcycleError(f"'{name}' is not an engine.", choose_from(name, ENGINES))
             module, _ = ENGINES[name]
-            program = f"from importlib.util import find_spec as f; print(f({module!r}) is not None)"
+            program = f"from importlib import util; assert util.find_spec({module!r})"
+            command, environment = [self.python, "-c", program], self._environment()
             try:
-                found = subprocess.check_output(  # noqa: S603 - the user's own Python
-                    [self.python, "-c", program],
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(),
-                    timeout=60,
-                )
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                found = error.output or b""
+                found = subprocess.run(command, env=environment, capture_output=True, check=False)  # noqa: S603 - the user's own Python
             except OSError as error:
-                raise UpcycleError(f"cannot run {self.python}: {error.strerror}.", _HINT) from error
-            said = found.decode(errors="replace").strip()
-            if said == "False":
+                hint = "Give the Python that has the engine by `engine_python`."
+                raise UpcycleError(f"cannot run {self.python}: {error.strerror}.", hint) from error
+            if found.returncode:
                 package = f"{module.replace('_', '-')}{'-python' * (module == 'llama_cpp')}"
                 raise UpcycleError(
                     f"the engine {name} is not installed: {self.python} has no {package}.",
                     f"Install it (pip install {package}), or name the Python that has it by "
                     "`engine_python`.",
                 )
-            if said != "True":
-                what = f"{self.python} is not a Python: it printed {shown(said)}."
-                raise UpcycleError(what, _HINT)
         if "llama.cpp" in names and not (self.llama_cpp and (self.llama_cpp / CONVERTER).is_file()):
             who = f"{self.llama_cpp} has no" if self.llama_cpp else "the engine llama.cpp needs its"
             hint = "Give the directory of llama.cpp's sources by `llama_cpp`."
@@ -115,7 +114,7 @@ class EngineOptions:
     def run(
         self, name: str, model: Path, rows: list[list[int]], *, trust: bool
     ) -> tuple[str, Output]:
-        """Return the engine's version and what it answers; raises EngineError."""
+        """Return the engine's version and what it answers; raises UpcycleError."""
         job = {"model": str(model), "rows": rows, "tokens": _TOKENS, "dtype": self.engine_dtype}
         job |= {"trust": trust, "picture": None, "llama_cpp": str(self.llama_cpp)}
         with (
@@ -133,7 +132,7 @@ class EngineOptions:
                 found, _ = process.communicate(json.dumps(job).encode(), self.engine_timeout)
             except subprocess.TimeoutExpired:
                 why = f"no answer in {self.engine_timeout} s; `engine_timeout` sets this limit"
-                raise EngineError(why) from None
+                raise UpcycleError(why) from None
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # also the processes that it started
@@ -141,17 +140,14 @@ class EngineOptions:
             reason = engine_runner.reason(said.read().decode(errors="replace"))
         if (code := process.returncode) == -signal.SIGKILL:
             reason = "the system killed it, most likely for lack of memory, of which `engine_dtype`"
-            raise EngineError(f"{reason} auto needs half")
+            raise UpcycleError(f"{reason} auto needs half")
         if code:
             ended = f"it ended with {signal.Signals(-code).name}: " if code < 0 else ""
-            raise EngineError(f"{ended}{reason}")
+            raise UpcycleError(f"{ended}{reason}")
         try:
             version, output = map(json.loads, found.splitlines())
-            shape = [*map(len, output["logprobs"])], len(output["texts"]) - len(output["margins"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise EngineError(f"it printed no answer, but {shown(found)}") from error
-        if shape != ([len(row) - 1 for row in rows], 0):
-            raise EngineError("it answered for other rows")
+        except ValueError as error:
+            raise UpcycleError(f"it printed no answer, but {shown(found)}") from error
         return str(version), output
 
 
@@ -176,35 +172,30 @@ def check_engine(
         version, wanted = options.run(name, dense.path, rows, trust=False)
         what = "MoE"
         _, found = options.run(name, moe.path, rows, trust=trust)
-    except EngineError as error:
-        detail = f"{name} could not run the {what}: {str(error).rstrip('.')}."
+    except UpcycleError as error:
+        detail = f"{name} could not run the {what}: {error.message.rstrip('.')}."
         return CheckResult(name=check, status=Status.SKIPPED, detail=detail)
     held, made = ({each.dtype for each in model.tensors.values()} for model in (dense, moe))
     exact = expected.promise is Promise.EXACT and expected.is_lossless
-    tolerance = _ROUNDING if exact else HESITATION
+    tolerance = _GPU_ROUNDING if exact else HESITATION
     if options.engine_dtype != "float32" or made - held:
         tolerance = LOW_PRECISION
-    agreement = compare(found, wanted, tolerance, on_average=True)
-    total = sum(map(len, wanted["texts"]))
-    words = f"; {agreement.text_tokens} of {total} greedy tokens are the same" if total else ""
+    difference, metrics = compare(found, wanted, tolerance, on_average=True)
+    total = metrics["text_tokens"]
+    words = (
+        f"; {metrics['same_text_tokens']} of {total} greedy tokens are the same" if total else ""
+    )
     measured = (
         f"{name} {version}, {options.engine_dtype}, {len(rows)} rows of {len(rows[0])} tokens: "
-        f"log-probabilities differ by {agreement.mean:.2g} on average and {agreement.largest:.2g} "
-        f"at most{words}."
+        f"log-probabilities differ by {metrics['logprob_diff_mean']:.2g} on average and "
+        f"{metrics['logprob_diff_max']:.2g} at most{words}."
     )
-    metrics = {
-        "logprob_diff_mean": agreement.mean,
-        "logprob_diff_max": agreement.largest,
-        "same_text_tokens": agreement.text_tokens,
-        "text_tokens": total,
-    }
-    findings = Findings([agreement.difference] if agreement.difference else [])
     if expected.promise is Promise.NONE:
         detail = f"This MoE does not promise equality, so it was measured: {expected.reason}."
-        result = Findings().result(check, f"{detail} {measured}", metrics)
-        return replace(result, status=Status.MEASURED)
-    same = f"Both models compute the same in this engine. {measured}"
-    return findings.result(check, same, metrics, measured if findings else "")
+        return Findings().result(check, f"{detail} {measured}", metrics, is_measured=True)
+    findings = Findings([difference] if difference else [])
+    passed = f"Both models compute the same in this engine. {measured}"
+    return findings.result(check, passed, metrics, measured if findings else "")
 
 
 def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:
@@ -214,7 +205,8 @@ def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:
     """
     config = load_config(dense.path).get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
-    limits = [limit + _LENGTH // 2 for limit in _limits(dense.config) if limit <= _MOST_LENGTH]
+    held = map(int, _SHORT_SIGHTED.findall(json.dumps(dense.config)))
+    limits = [limit + _LENGTH // 2 for limit in held if limit <= _MOST_LENGTH]
     length = max(2, min(max([_LENGTH, *limits]), longest - _TOKENS))
     texts = replace(texts, tokens=(_ROWS - 1) * length)
     ids_BS = make_prompt(dense, texts, b"").ids
@@ -229,9 +221,49 @@ def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:
     return [ids[begin : begin + length] for begin in begins]
 
 
-def _limits(value: Any) -> Iterator[int]:  # noqa: ANN401 - any JSON
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key in _SHORT_SIGHTED and isinstance(inner, int):
-                yield inner
-            yield from _limits(inner)
+def compare(
+    found: Output, expected: Output, tolerance: float = ROUNDING, *, on_average: bool = False
+) -> tuple[str, dict[str, float]]:
+    """Return how an output differs from the dense model's, empty if it does not, and metrics.
+
+    Each log-probability may differ by `tolerance`, or those of a row `on_average`. Texts may part
+    where the dense model prefers its token by less than the tolerance, and in low precision by less
+    than four times that.
+    """
+    low_precision = tolerance >= LOW_PRECISION
+    hesitation = 4 * tolerance if low_precision else tolerance
+    differences: list[str] = []
+    rows = [
+        [abs(p - q) for p, q in zip(*pair, strict=True)]
+        for pair in zip(found["logprobs"] or (), expected["logprobs"] or (), strict=False)
+    ]
+    for index, row in enumerate(rows):
+        off, words = (fmean(row), " on average") if on_average else (_largest(row), "")
+        if not off <= tolerance:
+            differences.append(f"log-probabilities of row {index} differ by {off:.2g}{words}")
+    texts = [*zip(found["texts"], expected["texts"], strict=False)]
+    same = 0
+    for index, (mine, wanted) in enumerate(texts):
+        pairs = enumerate(zip_longest(mine, wanted))
+        place = next((place for place, (a, b) in pairs if a != b), len(wanted))
+        same += place
+        hesitates = len(mine) == len(wanted) and place < len(wanted)
+        hesitates = hesitates and expected["margins"][index][place] <= hesitation
+        if mine != wanted and not hesitates:
+            differences.append(f"the text after row {index} differs from token {place} on")
+    total = sum(len(wanted) for _, wanted in texts)
+    if same < min(_ENOUGH_TOKENS, total) and not low_precision:
+        differences.append(f"only {same} of {total} tokens of text are the same")
+    if not rows and not texts:
+        differences.append("there is nothing to compare")
+    every = [each for row in rows for each in row] or [math.nan]
+    return "".join(differences[:1]), {
+        "logprob_diff_mean": fmean(every),
+        "logprob_diff_max": _largest(every),
+        "same_text_tokens": same,
+        "text_tokens": total,
+    }
+
+
+def _largest(row: Sequence[float]) -> float:
+    return max(row, key=lambda value: math.inf if math.isnan(value) else value)

@@ -26,7 +26,7 @@ from upcycle_cli.run.lazy_models import lazy_model
 from upcycle_cli.run.models import TransformersError, source_errors
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
-from upcycle_cli.verification.result import CheckResult, Findings, Status, TextMeasure
+from upcycle_cli.verification.result import CheckResult, Findings, TextMeasure
 from upcycle_cli.verification.side_by_side import Found, rounding, run_side_by_side
 
 _NAME = "outputs"
@@ -153,14 +153,10 @@ def _compare(
         bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[upcycled.expert_dtype]
         detail, failures = _judge(expected, metrics, bound)
         findings.add(*failures, *found.routing.failures)
-    result = findings.result(_NAME, f"{detail} {measured}", metrics, measured if findings else "")
-    only_measured = expected.promise is Promise.NONE and not findings
-    return replace(
-        result,
-        status=Status.MEASURED if only_measured else result.status,
-        layers=found.layers,
-        texts=_texts(found, prompt),
-    )
+    is_measured, note = expected.promise is Promise.NONE, measured if findings else ""
+    passed = f"{detail} {measured}"
+    result = findings.result(_NAME, passed, metrics, note, is_measured=is_measured)
+    return replace(result, layers=found.layers, texts=_texts(found, prompt))
 
 
 class _Overflow:

@@ -164,14 +164,21 @@ class Findings(list[str]):
         self.extend(failures)
 
     def result(
-        self, name: str, passed: str, metrics: Mapping[str, float] | None = None, note: str = ""
+        self,
+        name: str,
+        passed: str,
+        metrics: Mapping[str, float] | None = None,
+        note: str = "",
+        *,
+        is_measured: bool = False,
     ) -> CheckResult:
         """Return the check's result; its detail is `passed` if nothing failed, then `note`."""
+        passes = Status.MEASURED if is_measured else Status.PASSED
         hidden = len(self) - _MOST_SHOWN
         problems = "1 problem" if len(self) == 1 else f"{len(self):,} problems"
         return CheckResult(
             name=name,
-            status=Status.FAILED if self else Status.PASSED,
+            status=Status.FAILED if self else passes,
             detail=f"{f'{problems} found.' if self else passed} {note}".strip(),
             failures=(*self[:_MOST_SHOWN], *([f"and {hidden:,} more"] if hidden > 0 else [])),
             # A metric that could not be measured is nan, which JSON does not have.

@@ -12,7 +12,7 @@ import mmap
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -25,7 +25,7 @@ from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.explain import Place, explain
 from upcycle_cli.verification.rebuild import is_fitted, why_unproven
-from upcycle_cli.verification.result import TRAINED, CheckResult, Findings, Status
+from upcycle_cli.verification.result import TRAINED, CheckResult, Findings
 from upcycle_cli.verification.unbound import Unbound, is_unbound
 from upcycle_cli.write.evaluate import evaluate_together
 from upcycle_cli.write.file_layout import bundles
@@ -93,9 +93,8 @@ def check_weights(
     passed = f"All {len(compared):,} tensors are, bit for bit, what convert writes."
     if unproven is not None:
         passed = f"No tensor differs, but not everything is proven: {unproven}."
-    found = findings.result(NAME, passed, metrics, " ".join(notes))
-    is_measured = unproven is not None and not findings
-    return replace(found, status=Status.MEASURED) if is_measured else found
+    is_measured = unproven is not None
+    return findings.result(NAME, passed, metrics, " ".join(notes), is_measured=is_measured)
 
 
 def _matched(

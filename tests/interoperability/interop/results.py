@@ -9,7 +9,7 @@ from markdown_table import header, row
 
 from interop.conversions import Case
 from upcycle_cli.models.engines import DIFFERS, FAILS, SAME, Engine, Support, Trainer
-from upcycle_cli.verification.engine_outputs import HESITATION, ROUNDING, Output, compare
+from upcycle_cli.verification.engines import HESITATION, ROUNDING, Output, compare
 
 NOT_TRIED = "–"
 
@@ -34,7 +34,7 @@ def cell_of(text: str) -> Cell:
 def judge(found: Output, expected: Output, *, approximate: bool = False) -> Cell:
     """Return whether two outputs are the same, `approximate` by what softmax-topk promises."""
     tolerance = HESITATION if approximate else ROUNDING
-    difference = compare(found, expected, tolerance, on_average=approximate).difference
+    difference, _ = compare(found, expected, tolerance, on_average=approximate)
     return Cell(DIFFERS, difference) if difference else Cell(SAME)
 
 
