@@ -25,21 +25,12 @@ Windows = tuple[int | None, ...]
 """The sliding window of each layer, in tokens; None for full attention."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some rows of a dense tensor, and the target's tensor that holds them.
+Pieces = Mapping[str, Mapping[str, str]]
+"""Fused tensors that native targets store separately, by their names within the layer.
 
-    Some dense types fuse matrices that native targets store separately.
-    """
-
-    name: str
-    """Within the layer."""
-    rows: str
-    """Their number, as a product of config keys: "num_attention_heads*head_dim"."""
-
-
-Pieces = Mapping[str, tuple[Piece, ...]]
-"""The pieces of each dense tensor (by its name within the layer), from the first row on."""
+For each, the target's tensors from the first row on, with their numbers of rows as products of
+config keys: "num_attention_heads*head_dim".
+"""
 
 _UNREAD: Sequence[tuple[re.Pattern[str], str]] = (
     (

@@ -8,15 +8,7 @@ from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import ConfigValues
-from upcycle_cli.models.dense import (
-    FULL,
-    SLIDING,
-    DenseFamily,
-    Piece,
-    Pieces,
-    Windows,
-    rope_layers,
-)
+from upcycle_cli.models.dense import FULL, SLIDING, DenseFamily, Pieces, Windows, rope_layers
 from upcycle_cli.models.mlp import Weight, gated_linear, linear_layers, swiglu
 from upcycle_cli.recipe.recipe import SHIPPED
 
@@ -80,17 +72,17 @@ _BY_PATTERN = _sliding(
 _QUERIES, _KEYS = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 
 _QKV: Pieces = {
-    "self_attn.qkv_proj.weight": (
-        Piece("self_attn.q_proj.weight", _QUERIES),
-        Piece("self_attn.k_proj.weight", _KEYS),
-        Piece("self_attn.v_proj.weight", _KEYS),
-    )
+    "self_attn.qkv_proj.weight": {
+        "self_attn.q_proj.weight": _QUERIES,
+        "self_attn.k_proj.weight": _KEYS,
+        "self_attn.v_proj.weight": _KEYS,
+    }
 }
 _GATE_UP_ROWS: Pieces = {
-    "mlp.gate_up_proj.weight": (
-        Piece("mlp.gate_proj.weight", "intermediate_size"),
-        Piece("mlp.up_proj.weight", "intermediate_size"),
-    )
+    "mlp.gate_up_proj.weight": {
+        "mlp.gate_proj.weight": "intermediate_size",
+        "mlp.up_proj.weight": "intermediate_size",
+    }
 }
 """For layers that stay dense."""
 

@@ -154,12 +154,12 @@ class TensorMaker:
             yield OutputTensor.of(family.name(name), whole, Role.COPIED, layer)
             return
         start, stored = 0, self._uncast(name)
-        for piece in family.pieces[own_name]:
-            stop = start + dimension(piece.rows, dense.values)
+        for piece, rows in family.pieces[own_name].items():
+            stop = start + dimension(rows, dense.values)
             is_all = stop - start == ex.type_of(stored).shape[0]
             expr: ex.Expr = stored if is_all else ex.Slice(stored, 0, start, stop)
-            expr = self._options.cast(self._rotated(piece.name, expr))
-            new_name = self._target.prefix(layer) + piece.name
+            expr = self._options.cast(self._rotated(piece, expr))
+            new_name = self._target.prefix(layer) + piece
             yield OutputTensor.of(new_name, expr, Role.COPIED, layer)
             start = stop
 
