@@ -147,12 +147,8 @@ def native_target(name: str, inside: wrappers.Inside | None) -> Target:
     target = WRAPPED_TARGETS[name] if name in WRAPPED_TARGETS else NATIVE[name]
     if inside is None:
         return target
-    return replace(
-        target,
-        layer=inside.wrapped(target.layer),
-        head=inside.wrapped(target.head),
-        inside=inside,
-    )
+    layer, head = inside.wrapped(target.layer), inside.wrapped(target.head)
+    return replace(target, layer=layer, head=head, inside=inside)
 
 
 def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Target:
