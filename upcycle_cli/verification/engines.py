@@ -79,9 +79,13 @@ class EngineOptions:
                 raise UpcycleError(f"'{name}' is not an engine.", choose_from(name, ENGINES))
             module, _ = ENGINES[name]
             program = f"from importlib import util; assert util.find_spec({module!r})"
-            command, environment = [self.python, "-c", program], self._environment()
             try:
-                found = subprocess.run(command, env=environment, capture_output=True, check=False)  # noqa: S603 - the user's own Python
+                found = subprocess.run(  # noqa: S603 - the user's own Python
+                    [self.python, "-c", program],
+                    env=self._environment(),
+                    capture_output=True,
+                    check=False,
+                )
             except OSError as error:
                 hint = "Give the Python that has the engine by `engine_python`."
                 raise UpcycleError(f"cannot run {self.python}: {error.strerror}.", hint) from error
@@ -93,9 +97,8 @@ class EngineOptions:
                     "`engine_python`.",
                 )
         if "llama.cpp" in names and not (self.llama_cpp and (self.llama_cpp / CONVERTER).is_file()):
-            who = f"{self.llama_cpp} has no" if self.llama_cpp else "the engine llama.cpp needs its"
-            hint = "Give the directory of llama.cpp's sources by `llama_cpp`."
-            raise UpcycleError(f"{who} {CONVERTER}.", hint)
+            hint = "Give the directory of llama.cpp's sources, which has it, by `llama_cpp`."
+            raise UpcycleError(f"the engine llama.cpp needs its {CONVERTER}.", hint)
 
     @property
     def python(self) -> str:
