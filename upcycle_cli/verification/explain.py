@@ -1,6 +1,7 @@
 """Explain in words how tensors differ from the plan.
 
-A message names another expert's values or a factor; failing that, it counts the values that differ.
+A message names another expert's values, a factor, or exchanged rows; failing that, it counts the
+values that differ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from upcycle_cli.checkpoint.header import as_float32
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes, type_of
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
+from upcycle_cli.verification.neuron_hashes import neuron_hashes
 from upcycle_cli.verification.result import TRAINED
 from upcycle_cli.write.evaluate import evaluate
 
@@ -71,7 +73,7 @@ def explain(
         is_expert = tensor.role is Role.EXPERT
         noun = "shard" if is_expert and plan.growing is None else "expected value"
         words = _other_expert(plan, moe, place, exprs, source, held)
-        words = words or _factor_words(one, other, noun)
+        words = words or _moved_words(one, other) or _factor_words(one, other, noun)
         particular = particular or words is not None  # training does none of these
         who = place.name
         if is_expert:
@@ -164,6 +166,19 @@ def _factor_words(held: Floats, wanted: Floats, noun: str) -> str | None:
     if factor == 0.0 or abs(factor - 1.0) < 1e-3 or left > _MOST_LEFT * change:
         return None
     return f"is its {noun} × {factor:.4g}"
+
+
+def _moved_words(held: Floats, wanted: Floats) -> str | None:
+    """Say which rows or columns were exchanged."""
+    for dim, what in enumerate(("row", "column")) if held.ndim == 2 else ():
+        one, other = (neuron_hashes(each.view("<u4"), dim, what) for each in (held, wanted))
+        moved = np.flatnonzero(one != other)
+        if not len(moved) or not np.array_equal(np.sort(one), np.sort(other)):
+            continue
+        if len(moved) == 2:
+            return f"has {what}s {moved[0]} and {moved[1]} exchanged"
+        return f"has its {what}s in another order ({len(moved):,} of {len(one):,} moved)"
+    return None
 
 
 def _plain_words(held: Floats, wanted: Floats) -> str:
