@@ -169,7 +169,7 @@ def test_inspect_a_dense_model_at_a_glance(llama: Path) -> None:
 def test_inspect_json(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
     dense = succeed_json("inspect", llama)
     assert (dense["kind"], dense["plan"]) == ("dense", None)
-    assert dense["targets"] == ["mixtral", "qwen2_moe", "glm4_moe", "solar_open", "upcycled"]
+    assert dense["targets"][:3] == ["mixtral", "qwen2_moe", "glm4_moe"]
     assert dense["bytes"] == 4 * dense["total_parameters"]
     found = succeed_json("inspect", e2g2t2)
     assert (found["kind"], found["claims"]["recipe"]["name"]) == ("moe", "E2G2T2")

@@ -151,6 +151,8 @@ def test_phi3_scales_rope_by_longrope_whatever_it_is_called(kind: str) -> None:
     theirs = transformers_config(config | {"num_attention_heads": 2})
     assert transformers_config(moe).rope_parameters == {**theirs.rope_parameters, "type": kind}
     assert moe["rope_scaling"]["original_max_position_embeddings"] == 4096
+    # transformers 4 refuses any other key in this form.
+    assert converted(config, "upcycled", RECIPE)["rope_scaling"] == scaling
 
 
 def test_former_keys_win() -> None:

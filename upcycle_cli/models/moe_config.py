@@ -119,7 +119,9 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
     if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
         return _old_rope(config)
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
-    if scaling and _ORIGINAL in defaults_of(dense.model_type) and not target.ships_code:
+    if target.ships_code:  # transformers 4 refuses a key more in the old form of longrope
+        scaling = config.get("rope_scaling") or scaling
+    elif scaling and _ORIGINAL in defaults_of(dense.model_type):
         scaling = {**scaling, _ORIGINAL: dense.values[_ORIGINAL]}  # it overrides the inner one
     found = {"rope_theta": theta, "rope_scaling": None if scaling is None else dict(scaling)}
     key = "partial_rotary_factor"

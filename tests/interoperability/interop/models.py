@@ -62,7 +62,7 @@ BASES: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {**_TIED, **_SLIDES, "query_pre_attn_scalar": HEAD_DIM},
     "gemma4_text": {**GEMMA4, **_TIED},
     "glm": {"attention_bias": False, "partial_rotary_factor": 1.0},
-    "gpt2": _TIED,
+    "gpt2": {**_TIED, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)},
     "granite": {**_TIED, "attention_multiplier": HEAD_DIM**-0.5},
     "granite_swa": {**_SLIDES, "attention_multiplier": HEAD_DIM**-0.5},
     "granitemoehybrid": {
