@@ -32,10 +32,11 @@ _AUTO = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tok
 USED = {
     "transformers": ("transformers.generation.utils", "transformers.modeling_utils", *_AUTO),
     "vllm": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.engine.llm_engine"),
-    "llama_cpp": ("torch", "gguf", "transformers.modeling_utils", *_AUTO),
+    "llama_cpp": ("torch", "transformers.modeling_utils", *_AUTO),
     "mlx_lm": ("mlx_lm.generate", "mlx_lm.utils"),
 }
-"""What an engine imports with its first model only: worth importing once."""
+"""What an engine imports with its first model only, worth importing once; not gguf, of which the
+converter of llama.cpp brings its own."""
 
 
 def answer_all(run: Run) -> None:
