@@ -135,7 +135,7 @@ def test_remedies(
         ("llama", "mixtral", TOPK_SOFTMAX, {}),
         ("llama", "qwen2_moe", TOPK_SOFTMAX, dict.fromkeys(("llama.cpp", "MLX"), OTHER)),
         ("qwen3", "qwen3_moe", SOFTMAX_TOPK, {"llama.cpp": f"{WRONG} with softmax-topk routing"}),
-        ("youtu", "deepseek_v3", SIGMOID_TOPK, {"vLLM": f"{WRONG} on a CPU"}),
+        ("youtu", "deepseek_v3", SIGMOID_TOPK, {"vLLM": f"{WRONG} on a CPU with plain attention"}),
         ("nemotron_h", "nemotron_h", SIGMOID_TOPK, {"mergekit": "gives back other tensors"}),
     ],
 )

@@ -186,10 +186,10 @@ def engines(target: str, traits: Traits) -> tuple[Engine, ...]:
 
 
 def usual_attention(target: Target) -> str:
-    """Return the attention class that stands for a target: what most software was tried with."""
+    """Return the attention class that stands for a target: what most software computes."""
     kinds = table("engines")["targets"].get(ALL_SHIPPED if target.ships_code else target.title, {})
-    every = (part for verdicts in kinds.values() for part in verdicts)
-    counts = Counter[str](part for part in every if part.startswith(_ATTENTION))
+    same = (part for found in kinds.values() for part, verdict in found.items() if verdict == SAME)
+    counts = Counter[str](part for part in same if part.startswith(_ATTENTION))
     most = max((attention_part(PLAIN), *counts), key=lambda part: counts[part])
     return most.removeprefix(_ATTENTION)
 
