@@ -170,23 +170,18 @@ def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterat
             run.steps.advance()
             handle.remove()
             inputs_PH = run.mlp_input.flatten(0, -2)[tokens.positions].double().numpy()
-            found = routers[layer], reader, inputs_PH, activity.pop().numpy(), tokens.weights
+            rows = _rows(plan.recipe, routers[layer], reader, inputs_PH, tokens.weights)
+            found = routers[layer], rows, inputs_PH, activity.pop().numpy()
             yield _calibrate_layer(plan.recipe, *found)
             reader.release()
             watch.checked(layer + 1, dense.num_layers, "layers")
 
 
 def _calibrate_layer(
-    recipe: Recipe,
-    router: OutputTensor,
-    reader: Reader,
-    inputs_PH: Array,
-    activity_PI: Floats,
-    weights_EP: Array | None,
+    recipe: Recipe, router: OutputTensor, rows: bytes, inputs_PH: Array, activity_PI: Floats
 ) -> LayerFound:
     """Return the router rows, the neuron order if the recipe has one, and statistics."""
     assert router.layer is not None
-    rows = _rows(recipe, router, reader, inputs_PH, weights_EP)
     shape = recipe.router_rows, inputs_PH.shape[1]
     rows_EH = as_float32(rows, router.dtype, shape).astype(np.float64)
     logits_PE = inputs_PH @ rows_EH.T

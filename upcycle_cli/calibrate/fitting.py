@@ -158,7 +158,11 @@ def clustered_order(
     if not (np.isfinite(inputs_PH).all() and np.isfinite(activity_PI).all()):
         raise UpcycleError(f"the dense model's own activations are not finite ({stream}).")
     profiles_IC = _profiles(inputs_PH, activity_PI, stream, draw)
-    shard_I = _shards(profiles_IC, granularity, stream, draw)
+    places_G = _random_places(len(profiles_IC), granularity, f"{stream}.shards", draw)
+    shard_I = _assign(profiles_IC @ profiles_IC[places_G].T)
+    for _ in range(_SHARD_STEPS):
+        own_IG = np.eye(granularity, dtype=np.float32)[shard_I]
+        shard_I = _assign(profiles_IC @ _unit(own_IG.T @ profiles_IC).T)
     order_GS = np.argsort(shard_I, kind="stable").reshape(granularity, -1)
     active_G = activity_PI.mean(0)[order_GS].mean(1)
     return order_GS[np.argsort(-active_G, kind="stable")].reshape(-1)
@@ -176,18 +180,6 @@ def _profiles(inputs_PH: NDArray[Any], activity_PI: Floats, stream: str, draw: D
     least = max(_SILENT * mean_CI.mean(), np.finfo(np.float32).tiny)
     logs_CI = np.log(np.maximum(mean_CI, least))
     return _unit((logs_CI - logs_CI.mean(1, keepdims=True)).T)
-
-
-def _shards(profiles_IC: Floats, granularity: int, stream: str, draw: Draw) -> NDArray[np.intp]:
-    """Return the shard of each neuron (I,); all shards have the same size."""
-    centres_GC = profiles_IC[
-        _random_places(len(profiles_IC), granularity, f"{stream}.shards", draw)
-    ]
-    shard_I = _assign(profiles_IC @ centres_GC.T)
-    for _ in range(_SHARD_STEPS):
-        own_IG = np.eye(granularity, dtype=np.float32)[shard_I]
-        shard_I = _assign(profiles_IC @ _unit(own_IG.T @ profiles_IC).T)
-    return shard_I
 
 
 def _assign(similarity_IG: Floats) -> NDArray[np.intp]:
@@ -208,7 +200,6 @@ def _assign(similarity_IG: Floats) -> NDArray[np.intp]:
 
 
 def _random_places(size: int, count: int, stream: str, draw: Draw) -> NDArray[np.intp]:
-    """Return `count` random places of `size`, or all."""
     return np.argsort(draw(stream, (1, size))[0], kind="stable")[:count]
 
 

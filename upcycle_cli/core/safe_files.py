@@ -50,7 +50,11 @@ def locate(directory: Path, name: str) -> Path:
         reason = getattr(error, "strerror", None) or "links in a circle"
         words = f"{path} is missing or unreadable: {reason}."
         raise UpcycleError(words, "Download or copy it again.") from error
-    if not any(real.is_relative_to(place) for place in (root, *_blobs(root))):
+    places, repo = [root], root.parent.parent  # of models--ORG--NAME/snapshots/COMMIT
+    if root.parent.name == "snapshots" and repo.name.startswith("models--"):
+        # A repo's blobs can be links to blobs that all repos of the cache share.
+        places += [repo / "blobs", repo.parent / "blobs"]
+    if not any(map(real.is_relative_to, places)):
         raise UpcycleError(
             f"{path} is a link to {real}, which is not in {directory}; it is not followed.",
             "Put the file itself there, if it belongs there.",
@@ -157,12 +161,3 @@ def check_regular(path: Path, status: os.stat_result) -> None:
     """Raise UpcycleError unless this is the status of a regular file."""
     if not stat.S_ISREG(status.st_mode):
         raise UpcycleError(f"cannot read {path}: it is not a regular file.")
-
-
-def _blobs(root: Path) -> tuple[Path, ...]:
-    """Return where the Hub's cache keeps the files of a snapshot; empty for other directories."""
-    repo = root.parent.parent  # models--ORG--NAME/snapshots/COMMIT
-    if root.parent.name != "snapshots" or not repo.name.startswith("models--"):
-        return ()
-    # Its blobs can be links to blobs that all repos of the cache share.
-    return repo / "blobs", repo.parent / "blobs"

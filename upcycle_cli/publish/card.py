@@ -164,21 +164,15 @@ def _markdown(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _code(text: str) -> str:
-    """Return inline code, between more backticks than the text has in a row."""
-    text = printable(text)
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence} {text} {fence}" if longest else f"`{text}`"
-
-
 def _origin(source: Checkpoint) -> str:
     """Return the name of a source, with its commit if it comes from the Hub."""
-    name, commit = source.name, source.revision
-    if commit is None:
-        return _code(name)
-    # Repo ids and commits need no quoting.
-    return f"[{name}](https://huggingface.co/{name}/tree/{commit}) (commit `{commit[:12]}`)"
+    name, commit = printable(source.name), source.revision
+    if commit is not None:  # repo ids and commits need no quoting
+        return f"[{name}](https://huggingface.co/{name}/tree/{commit}) (commit `{commit[:12]}`)"
+    # Inline code stands between more backticks than it has in a row.
+    longest = max(map(len, re.findall("`+", name)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {name} {fence}" if longest else f"`{name}`"
 
 
 def _results(report: Report | None) -> str:
@@ -206,7 +200,6 @@ def _trainers(plan: Plan) -> str:
 
 
 def _serving(plan: Plan, location: str) -> str:
-    """Return the commands that serve the model, for each tested engine that runs it."""
     trust = " --trust-remote-code" if plan.target.ships_code else ""
     fields, text = {"location": shell_line([location]), "trust": trust}, ""
     for engine in plan.engines:

@@ -95,7 +95,6 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
 
 
 def _facts(found: Inspection) -> dict[str, str]:
-    """Return the facts that a reader looks for first."""
     record = found.record or {}
     recipe = record.get("recipe")
     facts = {

@@ -211,10 +211,11 @@ def _marked(
     left = _MAX_TOKENS
     for text in texts:
         held = min(left, len(text.tokens))
-        tokens = [
-            ("↵\n".join(map(printable, word.split("\n"))), _kl_text(kl), _level(kl))
-            for word, kl in _whole_characters(text, held)
-        ]
+        tokens = list[tuple[str, str, int]]()
+        for word, kl in _whole_characters(text, held):
+            shown = "↵\n".join(map(printable, word.split("\n")))
+            level = len(_LEVELS) if kl is None else sum(kl >= least for least in _LEVELS)
+            tokens.append((shown, "KL not finite" if kl is None else f"KL {kl:.3g}", level))
         left -= held
         if tokens:
             finite = [kl for kl in text.kl if kl is not None]
@@ -233,11 +234,3 @@ def _whole_characters(text: TextMeasure, count: int) -> Iterator[tuple[str, floa
         if word:
             yield word, max(kls, key=lambda each: math.inf if each is None else each)
             kls = []
-
-
-def _level(kl: float | None) -> int:
-    return len(_LEVELS) if kl is None else sum(kl >= level for level in _LEVELS)
-
-
-def _kl_text(kl: float | None) -> str:
-    return "KL not finite" if kl is None else f"KL {kl:.3g}"

@@ -115,7 +115,6 @@ def permutation(order: Permutation) -> NDArray[np.intp]:
 
 @lru_cache(maxsize=64)
 def _drawn_permutation(order: Permutation) -> NDArray[np.intp]:
-    """Draw a permutation: the order that sorts float64 draws."""
     assert order.seed is not None
     drawn = generator(order.seed, order.stream).random_sample(order.size)
     return np.argsort(drawn, kind="stable")
