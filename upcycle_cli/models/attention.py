@@ -55,11 +55,7 @@ def _windows(values: _Values) -> str | None:
     """Return "all", "some", or None if no window can hide a token."""
     window, kinds = values.get("sliding_window"), values.get("layer_types")
     longest = values.get("max_position_embeddings")
-    if (
-        not window
-        or not values.get("use_sliding_window", True)
-        or window >= (longest or window + 1)
-    ):
+    if not window or not values.get("use_sliding_window", True) or (longest and window >= longest):
         return None
     if isinstance(kinds, list):
         return None if SLIDING not in kinds else "all" if {*kinds} == {SLIDING} else "some"

@@ -274,13 +274,6 @@ class Family(Compact):
         """Dense tensors that the target stores as several; none for shipped code."""
         return {} if self.target.ships_code else self.dense.family.pieces
 
-    def moves_rows(self, name: str) -> bool:
-        """Whether rope rotates other rows of a tensor in the target; `name` is in the layer."""
-        alike = self.target.ships_code or self.dense.family.interleaved_rope is (
-            self.target.interleaved_rope
-        )
-        return not alike and name.startswith(("self_attn.q_proj.", "self_attn.k_proj."))
-
     def name(self, source: str) -> str:
         """Return the name in the target of a dense tensor that is copied."""
         here, there = self.dense.family.inside, self.target.inside

@@ -117,7 +117,13 @@ def _windows(dense: DenseModel, target: Target) -> dict[str, Any]:
 def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[str, Any]:
     """Return rope settings in the old keys, which everything reads, and in new ones if given."""
     if not {"rope_theta", "rope_scaling"} <= dense.values.keys():
-        return _old_rope(config)
+        # Wrapped text models with multidimensional positions have `rope_parameters`. Old keys
+        # cannot express settings per kind of layer.
+        rope = config.get("rope_parameters")
+        if config.get("rope_scaling") or not isinstance(rope, dict) or "rope_theta" not in rope:
+            return {}
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
     theta, scaling = dense.values["rope_theta"], dense.values["rope_scaling"]
     if target.ships_code:  # transformers 4 refuses a key more in the old form of longrope
         scaling = config.get("rope_scaling") or scaling
@@ -130,19 +136,6 @@ def _rope(config: Mapping[str, Any], dense: DenseModel, target: Target) -> dict[
     if "rope_parameters" in config and not target.ships_code:
         found["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     return found
-
-
-def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the old keys for rope settings that are copied from `rope_parameters`.
-
-    Wrapped text models with multidimensional positions need this. Old keys cannot express settings
-    per kind of layer.
-    """
-    rope = config.get("rope_parameters")
-    if config.get("rope_scaling") or not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def _recipe_keys(family: Family, recipe: Recipe, scale: float) -> dict[str, Any]:

@@ -44,7 +44,24 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
     experts = find_experts(source)
     num_experts, exact = growth.expand * experts.num_experts, growth.expand * experts.top_k
     top_k = growth.top_k or exact
-    _check_sizes(growth, experts, num_experts, top_k)
+    if num_experts > MAX_EXPERTS:
+        raise UpcycleError(
+            f"`expand` {growth.expand} makes {num_experts} experts per layer of "
+            f"{experts.num_experts}.",
+            f"At most {MAX_EXPERTS} can be made.",
+        )
+    if top_k > num_experts:
+        raise UpcycleError(
+            f"top-k {top_k} is more than the {num_experts} experts that `expand` {growth.expand} "
+            "makes.",
+            f"Use a top-k of at most {num_experts}.",
+        )
+    if top_k != exact and not growth.allow_inexact:
+        raise UpcycleError(
+            f"top-k {top_k} is not {growth.expand} times the source's {experts.top_k}, so a token "
+            "would miss some copies of its experts, and the outputs would differ.",
+            f"Leave out `top_k` to use {exact}, or pass `allow_inexact=True` to convert anyway.",
+        )
     layout = target.layout(options.expert_layout or experts.layout)
     tensors = tuple(_Grower(growth, options, experts, layout).tensors())
     return Plan(
@@ -68,26 +85,6 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
             source_top_k=experts.top_k,
         ),
     )
-
-
-def _check_sizes(growth: Growth, experts: Experts, num_experts: int, top_k: int) -> None:
-    k, exact = growth.expand, growth.expand * experts.top_k
-    if num_experts > MAX_EXPERTS:
-        raise UpcycleError(
-            f"`expand` {k} makes {num_experts} experts per layer of {experts.num_experts}.",
-            f"At most {MAX_EXPERTS} can be made.",
-        )
-    if top_k > num_experts:
-        raise UpcycleError(
-            f"top-k {top_k} is more than the {num_experts} experts that `expand` {k} makes.",
-            f"Use a top-k of at most {num_experts}.",
-        )
-    if top_k != exact and not growth.allow_inexact:
-        raise UpcycleError(
-            f"top-k {top_k} is not {k} times the source's {experts.top_k}, so a token would miss "
-            "some copies of its experts, and the outputs would differ.",
-            f"Leave out `top_k` to use {exact}, or pass `allow_inexact=True` to convert anyway.",
-        )
 
 
 def _config(experts: Experts, num_experts: int, top_k: int, options: Options) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.models.engines import SILENTLY_WRONG, support_lines
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.plan.expressions import Expr, source_names, type_of
-from upcycle_cli.plan.merge import Merge, NonExpertWeights
+from upcycle_cli.plan.merge import NonExpertWeights
 from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.recipe.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, RouterInit, Routing
 
@@ -75,19 +75,16 @@ def _experts_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:
         text += f", beside a shared one {recipe.shared_experts * plan.expert_size} wide"
     yield "experts", text
     if merge is not None:
-        yield "experts from", _groups(plan, merge)
+        groups = merge.of_groups(recipe.expansion)
+        found = (
+            f"of {source.name}: {', '.join(str(g) for g, model in enumerate(groups) if model == n)}"
+            for n, source in enumerate(plan.sources)
+            if n in groups
+        )
+        yield "experts from", f"groups {'; '.join(found)}"
         mean = merge.rest is NonExpertWeights.MEAN
         others = f"the mean of all {len(plan.sources)} models'" if mean else f"{plan.source.name}'s"
         yield "other weights", f"attention, norms, embeddings: {others}"
-
-
-def _groups(plan: Plan, merge: Merge) -> str:
-    groups = merge.of_groups(plan.recipe.expansion)
-    return "groups " + "; ".join(
-        f"of {source.name}: {', '.join(str(g) for g, model in enumerate(groups) if model == n)}"
-        for n, source in enumerate(plan.sources)
-        if n in groups
-    )
 
 
 def _weights_of_recipe(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -165,11 +165,13 @@ class TensorMaker:
 
     def _rotated(self, own_name: str, expr: ex.Expr) -> ex.Expr:
         """Return a tensor with its rows in the order in which the target's rope rotates them."""
-        if not self._plan.family.moves_rows(own_name):
+        interleaved = self._target.interleaved_rope
+        alike = self._target.ships_code or self._dense.family.interleaved_rope is interleaved
+        if alike or not own_name.startswith(("self_attn.q_proj.", "self_attn.k_proj.")):
             return expr
         size = self._dense.values["head_dim"]
         pairs = math.ceil(int(size * self._dense.rotary_share) / 2)  # as transformers rounds
-        return ex.RotaryRows(expr, size, 2 * pairs, self._target.interleaved_rope)
+        return ex.RotaryRows(expr, size, 2 * pairs, interleaved)
 
     def _zero_biases(self, layer: int, names: Sequence[str]) -> Iterator[OutputTensor]:
         """Yield the biases that the target needs and the source lacks."""

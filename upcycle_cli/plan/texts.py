@@ -36,14 +36,13 @@ _EXPERT = ("source_model", "positive_prompts", "negative_prompts")
 _NEUTRAL = {"shared_experts": [], "noise_scale": 0, "residual_scale": 1}
 """Unsupported keys, with the values that change nothing."""
 Value = str | bool | list[str]
-_UNIFORM_STD = 1 / math.sqrt(3)
-"""The logit std of rows uniform in ±1/√H, on inputs of root mean square 1."""
 _NORMAL: dict[str, Value] = {"router_init": "normal"}
 _MEANINGS: dict[str, dict[str, dict[str, Value]]] = {
     "gate_mode": {
         "hidden": {},
         "random": _NORMAL,
-        "uniform_random": {**_NORMAL, "router_logit_std": f"{_UNIFORM_STD:.6g}"},
+        # Of rows uniform in ±1/√H, on inputs of root mean square 1.
+        "uniform_random": {**_NORMAL, "router_logit_std": f"{1 / math.sqrt(3):.6g}"},
     },
     "dtype": {name: {"dtype": name} for name in ("bfloat16", "float16", "float32")},
     # The architectures that both tools write alike: no shared expert, and the same routing.

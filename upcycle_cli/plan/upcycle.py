@@ -73,7 +73,15 @@ def build_plan(
     if merge is not None:
         merge.check(recipe)
     if isinstance(inputs.text, Prompts):
-        _check_prompts(inputs.text, recipe, source, merge)
+        if merge is None:
+            raise UpcycleError("`positive_prompts` need several models.", "Add `experts_from`.")
+        count, models = len(merge.cycle), (source, *merge.others)
+        if recipe.expansion != count or recipe.router_rows != count:
+            raise UpcycleError(
+                f"{recipe.router_rows} router rows need as many models with prompts, not {count}.",
+                f"Use an expansion of {count}, and virtual groups.",
+            )
+        inputs.text.of_groups([models[number] for number in merge.cycle])
     plan = Plan(
         options=options,
         source=source,
@@ -135,21 +143,6 @@ def _filled(plan: Plan) -> Plan:
     """Return a plan with every output tensor; UpcycleError if the inputs do not fit the layers."""
     tensors = tuple(TensorMaker(plan).tensors())
     return replace(plan, shards=fill_shards(tensors, plan.options.max_shard_bytes))
-
-
-def _check_prompts(
-    prompts: Prompts, recipe: Recipe, source: Checkpoint, merge: Merge | None
-) -> None:
-    if merge is None:
-        raise UpcycleError("`positive_prompts` need several models.", "Add `experts_from`.")
-    if recipe.expansion != len(merge.cycle) or recipe.router_rows != recipe.expansion:
-        raise UpcycleError(
-            f"{recipe.router_rows} router rows need as many models with prompts, not "
-            f"{len(merge.cycle)}.",
-            f"Use an expansion of {len(merge.cycle)}, and virtual groups.",
-        )
-    models = (source, *merge.others)
-    prompts.of_groups([models[number] for number in merge.cycle])
 
 
 def _check_router_range(plan: Plan) -> None:

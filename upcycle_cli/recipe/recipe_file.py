@@ -18,8 +18,6 @@ from upcycle_cli.core.safe_files import is_in, read_small, write_whole
 from upcycle_cli.core.text import choose_from, shell_line
 
 Value = str | int | float | bool | list[str]
-
-
 _TAKES = {str: "a string or a number", bool: "true or false", list: "a list of strings"}
 _MOST_BYTES = 1_000_000  # more than any recipe file has
 
