@@ -243,16 +243,12 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
         if inspection.trainers:
             yield "trainers", support_lines(inspection.trainers)
     else:
-        yield from _target_rows(inspection.becomes)
+        from upcycle_cli.models.overview import target_rows
 
-
-def _target_rows(targets: Sequence[TargetFacts]) -> Iterator[Row]:
-    from upcycle_cli.models.overview import target_rows
-
-    able = [target for target in targets if target.refusal is None]
-    names = ", ".join(target.name for target in able)
-    yield "can become", [f"{names}; the first is the default" if able else "nothing yet"]
-    yield from target_rows(able[:1] or targets)
+        able = [target for target in inspection.becomes if target.refusal is None]
+        names = ", ".join(target.name for target in able)
+        yield "can become", [f"{names}; the first is the default" if able else "nothing yet"]
+        yield from target_rows(able[:1] or inspection.becomes)
 
 
 def _record_text(record: Mapping[str, Any] | None) -> str:

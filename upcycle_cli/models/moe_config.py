@@ -78,7 +78,12 @@ def moe_text_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]
         dropped |= _WINDOW_KEYS - defaults_of(target.model_type).keys()
     result = {key: value for key, value in config.items() if key not in dropped}
     if not target.ships_code:
-        result |= {"model_type": target.model_type} | _effective(dense, target)
+        result["model_type"] = target.model_type
+        # Every key that both model types have gets its effective value.
+        shared = defaults_of(dense.model_type).keys() & defaults_of(target.model_type).keys()
+        if target.model_type == dense.model_type:
+            shared = {key for key in shared if dense.values[key] is not None}
+        result |= {key: dense.values[key] for key in sorted(shared - _NOT_COPIED)}
     result |= _rope(config, dense, target)
     balancing = {
         "router_aux_loss_coef": 0.01,  # the paper's load-balancing coefficient
@@ -90,14 +95,6 @@ def moe_text_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]
     if "rope_parameters" in settings:  # rope_scaling would override it
         result.pop("rope_scaling", None)
     return result | settings
-
-
-def _effective(dense: DenseModel, target: Target) -> dict[str, Any]:
-    """Return the effective value of every key that both model types have."""
-    shared = defaults_of(dense.model_type).keys() & defaults_of(target.model_type).keys()
-    if target.model_type == dense.model_type:
-        shared = {key for key in shared if dense.values[key] is not None}
-    return {key: dense.values[key] for key in sorted(shared - _NOT_COPIED)}
 
 
 def _windows(dense: DenseModel, target: Target) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
@@ -62,12 +61,22 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
             "would miss some copies of its experts, and the outputs would differ.",
             f"Leave out `top_k` to use {exact}, or pass `allow_inexact=True` to convert anyway.",
         )
+    config = dict(source.config)
+    # transformers treats these as aliases: an old value of one would override the new one.
+    names = {target.keys.num_experts, *target.keys.aliases}
+    names = names & config.keys() or {target.keys.num_experts}
+    config |= {**dict.fromkeys(names, num_experts), target.keys.top_k: top_k}
+    if options.untie_embeddings:
+        config["tie_word_embeddings"] = False
+    if options.dtype is not None:
+        config |= {"dtype": options.dtype, "torch_dtype": options.dtype}
+    remove_local_path(config)
     layout = target.layout(options.expert_layout or experts.layout)
     tensors = tuple(_Grower(growth, options, experts, layout).tensors())
     return Plan(
         options=options,
         source=source,
-        config=_config(experts, num_experts, top_k, options),
+        config=config,
         shards=fill_shards(tensors, options.max_shard_bytes),
         target=target,
         num_experts=num_experts,
@@ -85,21 +94,6 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
             source_top_k=experts.top_k,
         ),
     )
-
-
-def _config(experts: Experts, num_experts: int, top_k: int, options: Options) -> dict[str, Any]:
-    """Return the source's config with the new counts; all other keys stay as they are."""
-    result, keys = dict(experts.moe.config), experts.target.keys
-    # transformers treats these as aliases: an old value of one would override the new one.
-    names = {keys.num_experts, *keys.aliases}
-    result |= dict.fromkeys(names & result.keys() or {keys.num_experts}, num_experts)
-    result[keys.top_k] = top_k
-    if options.untie_embeddings:
-        result["tie_word_embeddings"] = False
-    if options.dtype is not None:
-        result |= {"dtype": options.dtype, "torch_dtype": options.dtype}
-    remove_local_path(result)
-    return result
 
 
 @dataclass(frozen=True)

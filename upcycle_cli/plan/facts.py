@@ -147,7 +147,16 @@ def warnings(plan: Plan) -> Iterator[str]:
     if plan.growing is None:
         yield from training_warnings(plan)
         yield from _storage_warnings(plan)
-        yield from _source_warnings(plan)
+        if len({*plan.family.dense.windows}) > 1:
+            yield (
+                "only some layers have a sliding window, but transformers 4 treats all layers of "
+                f"{plan.target.model_type} alike and computes something else. Use transformers 5."
+            )
+        if plan.source.config.get("auto_map"):
+            yield (
+                "the model's own code (auto_map) is left out, since transformers itself has "
+                f"{plan.family.dense.model_type}."
+            )
     yield from _wrong_software(plan)
     yield from plan.card_metadata.notes
 
@@ -243,19 +252,6 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
             f"the factor {plan.factors.of(part):g} on the experts' {part} is not a power of two, "
             f"so {TORCH_DTYPES[dtype]} rounds the weights, and outputs differ slightly. Use "
             "`dtype` float32, or `scale_split` config if the target has it."
-        )
-
-
-def _source_warnings(plan: Plan) -> Iterator[str]:
-    if len({*plan.family.dense.windows}) > 1:
-        yield (
-            "only some layers have a sliding window, but transformers 4 treats all layers of "
-            f"{plan.target.model_type} alike and computes something else. Use transformers 5."
-        )
-    if plan.source.config.get("auto_map"):
-        yield (
-            "the model's own code (auto_map) is left out, since transformers itself has "
-            f"{plan.family.dense.model_type}."
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -219,10 +219,7 @@ def read_prompts(path: Path) -> Prompts:
         items = [(str(model), said) for model, said in content.items()]
     else:
         raise UpcycleError(f"{path} has no prompts for models.", _FORM)
-    return Prompts(printable(path.name), tuple(_prompts(path, items)))
-
-
-def _prompts(path: Path, items: Sequence[tuple[str, Any]]) -> Iterator[ModelPrompts]:
+    found = []
     for model, said in items:
         held = said if isinstance(said, dict) else {"positive_prompts": said}
         if odd := held.keys() - {*_KINDS}:
@@ -232,7 +229,8 @@ def _prompts(path: Path, items: Sequence[tuple[str, Any]]) -> Iterator[ModelProm
             are_texts = isinstance(texts, list) and all(isinstance(t, str) and t for t in texts)
             if not are_texts or not positive:
                 raise UpcycleError(f"{path}: {key} of {model} must be a list of texts.", _FORM)
-        yield ModelPrompts(model, tuple(positive), tuple(negative))
+        found.append(ModelPrompts(model, tuple(positive), tuple(negative)))
+    return Prompts(printable(path.name), tuple(found))
 
 
 def read_mergekit(path: Path) -> dict[str, Value]:

@@ -76,18 +76,14 @@ def save_config(
                 f"{path} would be in {directory}, where nothing else may be written.",
                 "Save the options elsewhere.",
             )
-    if os.path.lexists(path) and not _is_recipe(path, known):
+    is_free = not os.path.lexists(path)
+    with suppress(OSError, UpcycleError):
+        is_free = is_free or (not path.is_symlink() and "source" in load_config(path, known))
+    if not is_free:
         raise UpcycleError(
             f"{path} exists and is not a recipe file; it is not replaced.", "Name another file."
         )
     write_whole(path.absolute(), text.encode(errors="surrogateescape"))
-
-
-def _is_recipe(path: Path, known: Mapping[str, type]) -> bool:
-    """Whether `load_config` can read a file that names a source."""
-    with suppress(OSError, UpcycleError):
-        return not path.is_symlink() and "source" in load_config(path, known)
-    return False
 
 
 def _is_json(path: Path) -> bool:
