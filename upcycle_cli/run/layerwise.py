@@ -12,14 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from upcycle_cli.run.models import Model, decoder_layers
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 _JOIN_SECONDS = 1.0
 """How long to wait for the thread of an abandoned run."""
@@ -114,7 +111,7 @@ def started(model: Model, ids_BS: torch.Tensor, mlps: Sequence[Model | Span]) ->
         yield run
 
 
-def _watch(run: Run, mlp: Model | Span) -> Iterator[RemovableHandle]:
+def _watch(run: Run, mlp: Model | Span) -> Iterator[torch.utils.hooks.RemovableHandle]:
     """Register hooks that note the input and output of an MLP, and add the extra inputs."""
 
     def enter(_module: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:

@@ -226,19 +226,14 @@ def _check_shape(name: str, held: torch.Size, implied: torch.Size) -> None:
         raise TransformersError(f"{name} has shape {[*held]}, but config.json implies {[*implied]}")
 
 
-def _untie(model: Model, tensor: Find) -> None:
-    """Give the head its own weight if the files have one, as from_pretrained does."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return
-    name = next(name for name, module in model.named_modules() if module is head)
-    if tensor(f"{name}.weight", f"{name}.weight") is not None:
-        head._parameters["weight"] = torch.empty_like(head.weight)  # noqa: SLF001
-
-
 def _fill(model: Model, tensor: Find) -> None:
     """Put each stored weight in its place, except the experts' weights."""
-    _untie(model, tensor)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        # Give the head its own weight if the files have one, as from_pretrained does.
+        name = next(name for name, module in model.named_modules() if module is head)
+        if tensor(f"{name}.weight", f"{name}.weight") is not None:
+            head._parameters["weight"] = torch.empty_like(head.weight)  # noqa: SLF001
     state = model.state_dict(keep_vars=True)
     named = {name: held for name, held in state.items() if isinstance(held, torch.Tensor)}
     in_memory = {id(held): name for name, held in reversed(named.items())}

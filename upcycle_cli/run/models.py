@@ -52,7 +52,6 @@ def check_transformers() -> None:
 
 
 def _import_transformers() -> None:
-    """Raise UpcycleError if transformers cannot be imported or is too old."""
     check_transformers()
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
@@ -145,21 +144,16 @@ def _model_type(path: Path) -> str:
 def empty_model(config: Config, device: str) -> Model:
     """Return a model without loaded weights, in evaluation mode, on a torch device."""
     import torch
-
-    with torch.device(device), registered(config.model_type):
-        return _auto_class(config).from_config(config).eval()
-
-
-def _auto_class(config: Config) -> Any:  # noqa: ANN401
-    """Return the class that makes the whole model of a config."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if config.get_text_config() is not config:
-        return transformers.AutoModelForImageTextToText
-    # Some text models exist only as a part of a wrapper.
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
+    auto = transformers.AutoModel  # some text models exist only as a part of a wrapper
+    with torch.device(device), registered(config.model_type):
+        if config.get_text_config() is not config:
+            auto = transformers.AutoModelForImageTextToText
+        elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            auto = transformers.AutoModelForCausalLM
+        return auto.from_config(config).eval()
 
 
 def decoder_layers(model: Model) -> Model:

@@ -146,11 +146,14 @@ def _differences(wanted: object, held: object, path: str = "") -> Iterator[str]:
 def _config_failures(
     plan: Plan, moe: Checkpoint, record: Settings, notes: list[str]
 ) -> Iterator[str]:
-    """Compare config.json with the plan's."""
     wanted: Settings = json.loads(json.dumps(plan.config))
-    found, stored = [*_differences(wanted, moe.config)], _main_dtype(moe)
+    found = [*_differences(wanted, moe.config)]
     if not found:
         return
+    nbytes = Counter[str]()
+    for entry in moe.tensors.values():
+        nbytes[entry.dtype] += entry.nbytes
+    stored = TORCH_DTYPES.get(nbytes.most_common(1)[0][0], "")  # of most bytes
     if _means_the_same(_with_dtype(wanted, moe.config, stored), moe.config):
         notes.append(f"transformers saved {CONFIG_NAME} again; it means the same.")
         return
@@ -162,14 +165,6 @@ def _config_failures(
             f"upcycle {before} made it, but this is upcycle {this}, which may write other keys. "
             f"Verify with upcycle {before}, or convert again."
         )
-
-
-def _main_dtype(moe: Checkpoint) -> str:
-    """Return torch's name for the dtype of most bytes of an MoE."""
-    nbytes = Counter[str]()
-    for entry in moe.tensors.values():
-        nbytes[entry.dtype] += entry.nbytes
-    return TORCH_DTYPES.get(nbytes.most_common(1)[0][0], "")
 
 
 def _with_dtype(wanted: Settings, held: Settings, stored: str) -> Settings:

@@ -38,13 +38,13 @@ class Ending:
         head, base = model.get_output_embeddings(), model.base_model
         weight, bias = head.weight, getattr(head, "bias", None)
         ids = torch.zeros(output.last_hidden_state.shape[:2], dtype=torch.long)
-        own = base.forward
+        own, slots = base.forward, head._parameters  # noqa: SLF001 - a block is not a Parameter
+        whole = dict(slots)
         # Call the causal LM itself, since it may cap or scale the logits.
         base.forward = lambda *_, **__: output
         try:
             for begin in range(0, weight.shape[0], size):
                 end = begin + size
-                slots = head._parameters  # noqa: SLF001 - a block is not a Parameter
                 slots["weight"] = weight.block(begin, end)
                 if bias is not None:
                     slots["bias"] = bias[begin:end]
@@ -53,9 +53,7 @@ class Ending:
                 yield made
         finally:
             base.forward = own
-            slots["weight"] = weight
-            if bias is not None:
-                slots["bias"] = bias
+            slots.update(whole)
 
 
 class Softmax:
@@ -153,10 +151,13 @@ def compare(
     """Compare the dense model, the same with rounded weights (if it matters), and the MoE."""
     P = len(targets_P)
     size = max(1, _BLOCK_LOGITS // P)
-    p, r, q = (Softmax(targets_P) for _ in range(3))
-    whole, rounding, conversion = (Divergence(P) for _ in range(3))
-    begin = 0
-    endings = [published, moe] if rounded is None else [published, moe, rounded]
+    p, q = Softmax(targets_P), Softmax(targets_P)
+    whole, rounding = Divergence(P), Divergence(P)
+    begin, endings = 0, [published, moe]
+    r, conversion = p, whole
+    if rounded is not None:
+        endings.append(rounded)
+        r, conversion = Softmax(targets_P), Divergence(P)
     for logits in zip(*(ending.logits(size=size) for ending in endings), strict=True):
         p_PV, q_PV = logits[:2]
         fade_P = p.add(p_PV, begin)
@@ -167,9 +168,5 @@ def compare(
             rounding.add(p, p_PV, r_PV, fade_P)
             conversion.add(r, r_PV, q_PV, r.add(r_PV, begin))
         begin += p_PV.shape[1]
-    kl_P = whole.kl(p, q)
-    if rounded is None:
-        r, rounding_P, conversion_P = p, torch.zeros(P, dtype=torch.double), kl_P
-    else:
-        rounding_P, conversion_P = rounding.kl(p, r), conversion.kl(r, q)
+    kl_P, rounding_P, conversion_P = whole.kl(p, q), rounding.kl(p, r), conversion.kl(r, q)
     return Comparison(p, r, q, kl_P, rounding_P, conversion_P, float(whole.most.max()))

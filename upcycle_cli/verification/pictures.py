@@ -84,10 +84,8 @@ def _picture(model: Model, generator: torch.Generator) -> dict[str, torch.Tensor
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
     size = vision.image_size
     pixels = torch.randn(1, vision.num_channels, size, size, generator=generator)
-    found = {"pixel_values": pixels}
-    if "image_sizes" in signature(type(base.vision_tower).forward).parameters:
-        # This model takes pictures of several sizes: use a small one.
-        size = _SIDE * vision.patch_size * getattr(model.config, "spatial_merge_size", 1)
-        found["pixel_values"] = pixels[..., :size, :size]
-        found["image_sizes"] = torch.tensor([[size, size]])
-    return found
+    if "image_sizes" not in signature(type(base.vision_tower).forward).parameters:
+        return {"pixel_values": pixels}
+    # This model takes pictures of several sizes: use a small one.
+    size = _SIDE * vision.patch_size * getattr(model.config, "spatial_merge_size", 1)
+    return {"pixel_values": pixels[..., :size, :size], "image_sizes": torch.tensor([[size, size]])}

@@ -123,8 +123,7 @@ def _pieces(decode: Callable[[list[int]], str], tokens: Sequence[int]) -> Iterat
     A character can consist of several tokens: the last one yields it, the others nothing. Each
     token is decoded behind the one before it, since some tokenizers drop a space at the beginning.
     """
-    before: list[int] = []
-    held: list[int] = []
+    before, held = list[int](), list[int]()
     for token in tokens:
         held.append(token)
         text = decode(before + held)

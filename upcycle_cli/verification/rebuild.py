@@ -129,7 +129,6 @@ def _made(kind: type[_Made], held: Record, more: Collection[str] = ()) -> _Made:
 def _growth(
     record: Record, dense: Checkpoint, moe: Checkpoint, others: Sequence[Checkpoint], given: Inputs
 ) -> Planner:
-    """Return the planner of a recorded growth."""
     if not is_moe(dense.config):
         source = record.get("source")
         name = printable(str(source.get("name"))) if isinstance(source, dict) else "SOURCE"
@@ -154,7 +153,6 @@ def _growth(
 def _upcycling(
     record: Record, dense: Checkpoint, _moe: Checkpoint, others: Sequence[Checkpoint], given: Inputs
 ) -> Planner:
-    """Return the planner of a recorded recipe."""
     recipe, target = _made(Recipe, record["recipe"], {"name"}), record.get("target")
     if not isinstance(target, str):
         raise RecordError(f"{RECORD_NAME}: target is {shown(target)}")

@@ -101,16 +101,14 @@ def run_side_by_side(
         advance_dense()
         with transformers_errors():
             run.steps.advance()
-            endings = [_ending(each) for each in (*runs, run)]
+            endings = []
+            for each in (*runs, run):
+                output = each.output
+                output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[None]
+                endings.append(Ending(each.model, output))
             middle = endings[1] if rounded is not None else None
             comparison = compare(endings[0], middle, endings[-1], prompt.targets)
     return Found(comparison, tuple(measures), routing)
-
-
-def _ending(run: Run) -> Ending:
-    output = run.output
-    output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[None]
-    return Ending(run.model, output)
 
 
 def _measure(

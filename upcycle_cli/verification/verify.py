@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,10 @@ def verify(  # noqa: PLR0913 - options, by name
             cause = error.__cause__
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from None
-            return replace(_damaged(selected, error), paths=paths)
+            first, *rest = selected
+            failed = Findings([error.message]).result(first, "", note="The MoE cannot be read.")
+            reason = f"Not run: the MoE cannot be read (see {first})."
+            return Report(checks=(failed, *(_skipped(name, reason) for name in rest)), paths=paths)
         case = _Case(source, converted, files, texts, watch, engine_options, fitted)
         case.rebuild(more, given)
         selected += [ENGINE + name for name in in_engines]
@@ -258,14 +261,6 @@ class _Case:
 
 def _skipped(name: str, detail: str) -> CheckResult:
     return CheckResult(name=name, status=Status.SKIPPED, detail=detail)
-
-
-def _damaged(selected: Sequence[str], error: UpcycleError) -> Report:
-    """Return the report on an MoE that cannot be opened: the first check fails."""
-    first, *others = selected
-    failed = Findings([error.message]).result(first, "", note="The MoE cannot be read.")
-    reason = f"Not run: the MoE cannot be read (see {first})."
-    return Report(checks=(failed, *(_skipped(name, reason) for name in others)))
 
 
 # The user's models --------------------------------------------------------------------------------

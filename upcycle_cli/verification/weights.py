@@ -71,7 +71,10 @@ def check_weights(
         compared = {name: expr for name, expr in exprs.items() if not is_unbound(expr)}
         scan = _Scan(source, held, watch)
         differing = scan.run(
-            {name: _leaves(expr, name in widened) for name, expr in compared.items()}
+            {
+                name: [Cast(leaf, "F32") if name in widened else leaf for leaf in leaves(expr)]
+                for name, expr in compared.items()
+            }
         )
         words = explain(plan, moe, differing, exprs, source, held)
         if not any(each.startswith(TRAINED) for each in words):  # training explains them as well
@@ -117,10 +120,6 @@ def _matched(
                 widened.add(name)
     found.sort(key=lambda tensor: (moe.tensors[tensor.name].shard, moe.tensors[tensor.name].offset))
     return found, widened
-
-
-def _leaves(expr: Expr, widened: bool) -> list[Expr]:  # noqa: FBT001 - of a tensor
-    return [Cast(leaf, "F32") if widened else leaf for leaf in leaves(expr)]
 
 
 @dataclass
@@ -172,7 +171,8 @@ class _Scan:
                 piece = value[step : step + _STEP_BYTES]
                 same = set[DiskRanges]()
                 for place in leaves_[expr]:
-                    data = self._bytes(place, start + step, len(piece))
+                    begin = place.start + start + step
+                    data = self.held.mapped(place.name)[begin : begin + len(piece)]
                     ranges = self.held.on_disk(data)
                     if place in wrong or ranges in same:
                         continue
@@ -181,9 +181,6 @@ class _Scan:
                     elif ranges:
                         same.add(ranges)
         return sum(num_bytes(expr) * len(found) for expr, found in leaves_.items()), wrong
-
-    def _bytes(self, place: Place, start: int, nbytes: int) -> memoryview:
-        return self.held.mapped(place.name)[place.start + start :][:nbytes]
 
     def _equal(self, data: memoryview, value: memoryview) -> bool:
         self._read += len(value)  # without a lock: a lost count only delays the release

@@ -153,7 +153,13 @@ class _Screen(Display):
                 said += f" {size_text(result.reused_bytes)} came from an unfinished run."
             terminal.talk("", said)
             if self.given["push_to_hub"] is None:
-                terminal.talk(f"Next: {shell_line(_next_step(result))}")
+                from upcycle_cli.publish.card import repo_name, verify_command
+
+                step = ["upcycle", "push", str(result.output)]
+                step.append(f"my-org/{repo_name(result.output.name)}")
+                if result.report is None:
+                    step = [*verify_command(result.plan, str(result.output), paths=True)]
+                terminal.talk(f"Next: {shell_line(step)}")
 
     def pushing(self, repo: str, num_files: int, num_bytes: int) -> None:
         if not self.silent:
@@ -196,11 +202,3 @@ class _Screen(Display):
         if done.already_done:
             found = f"{done.output} is damaged. Convert again with --overwrite."
         terminal.fail(found, terminal.EXIT_VERIFICATION_FAILED)
-
-
-def _next_step(done: Conversion) -> list[str]:
-    from upcycle_cli.publish.card import repo_name, verify_command
-
-    if done.report is None:
-        return [*verify_command(done.plan, str(done.output), paths=True)]
-    return ["upcycle", "push", str(done.output), f"my-org/{repo_name(done.output.name)}"]

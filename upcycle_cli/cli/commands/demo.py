@@ -58,12 +58,21 @@ def _make_dense(path: Path) -> None:
     """Write a Llama of 4 layers with random weights, and its tokenizer."""
     import torch
 
+    from upcycle_cli.plan.texts import builtin_texts
     from upcycle_cli.run.models import transformers_errors
 
     with transformers_errors():
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from tokenizers.implementations import ByteLevelBPETokenizer
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-        tokenizer = _train_tokenizer()
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        texts = [text for text in builtin_texts() if isinstance(text, str)]
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(
+            texts, vocab_size=2048, special_tokens=[*special.values()], show_progress=False
+        )
+        inner: Any = trained._tokenizer  # noqa: SLF001
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
         tokenizer.save_pretrained(path)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -86,19 +95,3 @@ def _make_dense(path: Path) -> None:
             for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
                 matrix.weight.data *= 3
         model.save_pretrained(path)
-
-
-def _train_tokenizer() -> Any:  # noqa: ANN401 - transformers has no types
-    """Train a byte-level BPE tokenizer on the built-in text."""
-    from tokenizers.implementations import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    from upcycle_cli.plan.texts import builtin_texts
-
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    texts = [text for text in builtin_texts() if isinstance(text, str)]
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        texts, vocab_size=2048, special_tokens=[*special.values()], show_progress=False
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special)  # noqa: SLF001

@@ -135,7 +135,6 @@ def _print_tables(found: Inspection, *, targets: bool) -> None:
 
 
 def _next_command(found: Inspection, path: Path) -> str:
-    """Return a command that helps to go on."""
     place = shell_line([str(path)])
     if found.kind == "dense":
         return f"upcycle inspect {place} --gpu-memory 80GBx8 suggests a recipe for your GPUs."
