@@ -350,7 +350,14 @@ def _weight_map(storage: Storage) -> dict[str, str]:
     if storage.has(WEIGHTS_NAME):
         return {}
     if not storage.has(INDEX_NAME):
-        raise find_adapter(storage) or _missing_weights(storage)
+        pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
+        words = f"has no {WEIGHTS_NAME} and no {INDEX_NAME}."
+        hint = "Only safetensors checkpoints under these names can be read."
+        if pickles:
+            words = f"has its weights as pickle ({pickles[0]}), which can run code when opened."
+            hint = "If you trust it, load it with transformers' from_pretrained, save it with "
+            hint += "save_pretrained, and give the new directory."
+        raise find_adapter(storage) or UpcycleError(f"{storage.path} {words}", hint)
     index_path = storage.local(INDEX_NAME)
     weight_map = read_json(index_path, safe_files.MOST_LISTING_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -362,18 +369,3 @@ def _weight_map(storage: Storage) -> dict[str, str]:
                 "directory."
             )
     return weight_map
-
-
-def _missing_weights(storage: Storage) -> UpcycleError:
-    path = storage.path
-    pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
-    if pickles:
-        return UpcycleError(
-            f"{path} has its weights as pickle ({pickles[0]}), which can run code when opened.",
-            "If you trust it, load it with transformers' from_pretrained, save it with "
-            "save_pretrained, and give the new directory.",
-        )
-    return UpcycleError(
-        f"{path} has no {WEIGHTS_NAME} and no {INDEX_NAME}.",
-        "Only safetensors checkpoints under these names can be read.",
-    )

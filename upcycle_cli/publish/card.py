@@ -189,7 +189,6 @@ def _results(report: Report | None) -> str:
 
 
 def _trainers(plan: Plan) -> str:
-    """Return a list of the trainers that were tested with the architecture, and their settings."""
     lines = [
         f"{trainer.name}: {trainer.settings}. Master weights: {trainer.precision}."
         if trainer.support is Support.RUNS

@@ -176,11 +176,12 @@ def push(
     with client.hub_session(destination.repo, destination.revision):
         info = _create_repo(destination)
         existing, head = client.file_sizes(info), client.checked_commit(info.sha)
-        has_card = CARD_NAME in existing and not destination.replace_card
-        kept = _edited_card(head, card, repo) if has_card else None
-        if kept is not None:
-            card = kept
-            del files[CARD_NAME]
+        kept = False
+        if CARD_NAME in existing and not destination.replace_card:
+            text = read_small(_fetch(repo, CARD_NAME, head)).decode(errors="replace")
+            if kept := is_edited(text) and text.strip() != card.strip():
+                card = text
+                del files[CARD_NAME]
         nbytes = sum(path.stat().st_size for path in files.values())
         if on_start is not None:
             on_start(len(files), nbytes)
@@ -201,7 +202,7 @@ def push(
         changed=done.oid != head,
         files=len(files),
         nbytes=nbytes,
-        card_kept=kept is not None,
+        card_kept=kept,
         left_out=tuple(
             name for name in found.foreign if name.split("/")[0] not in _FOLDERS_OF_TOOLS
         ),
@@ -242,12 +243,6 @@ def _create_repo(destination: Destination) -> ModelInfo:
     if revision is not None and not revision.startswith("refs/"):
         client.retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     return client.retry(lambda: api.model_info(repo, revision=revision))
-
-
-def _edited_card(commit: str, card: str, repo: str) -> str | None:
-    """Return the repo's card if somebody wrote or edited it; such a card is kept."""
-    text = read_small(_fetch(repo, CARD_NAME, commit), MOST_JSON_BYTES).decode(errors="replace")
-    return text if is_edited(text) and text.strip() != card.strip() else None
 
 
 def _fetch(repo: str, name: str, commit: str) -> Path:

@@ -25,7 +25,6 @@ FORMAT = 1
 
 def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
     """Return the record of a conversion, after all files but record, card and checksums exist."""
-    how = plan.how
     return {
         "format": FORMAT,
         "tool": {"name": "upcycle-cli", "version": version("upcycle-cli")},
@@ -34,7 +33,7 @@ def record(plan: Plan, written: Written, staging: Staging) -> dict[str, Any]:
         "source": plan.source.origin,
         **_merged(plan),
         "routers": dict(written.routers),
-        **_picked(how, "calibration", "router_file", "order_file"),
+        **_picked(plan.how, "calibration", "router_file", "order_file"),
         "plan_sha256": plan.digest,
         "files": [entry_of(staging.path / name, name) for name in sorted(plan.file_names)],
     }

@@ -304,7 +304,6 @@ class _Task:
             self.written.vanished[parts[0].expr] = sum(vanished)
 
     def _check_source(self) -> None:
-        """Raise UpcycleError when a source file has changed since it was opened."""
         exprs = (part.expr for part in self.layout.parts)
         self.crew.reader.check_unchanged(name for expr in exprs for name in source_names(expr))
 
