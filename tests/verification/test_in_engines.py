@@ -83,6 +83,8 @@ def test_transformers_tells_a_right_model_from_a_wrong_one(
         ("os.kill(os.getpid(), 10)", "it ended with SIGUSR1: no message"),
         ("os._exit(3)", "no message"),
         ("print('hello')", "it printed no answer, but b'hello\\n'"),
+        ("print(1)\nprint(2)", "it printed no answer, but b'1\\n2\\n'"),
+        ('print(1)\nprint(\'{"logprobs": [], "texts": []}\')', "it answered for other rows"),
     ],
 )
 def test_an_engine_that_cannot_run_a_model(

@@ -13,7 +13,7 @@ shipped code is one.
 - settings     by trainer and target, or by how the target is balanced (loss, no loss): what to set
 - by_routing   by trainer and routing: what else to set; where_tied: by trainer, for a tied head
 - precision    by trainer: where float32 master weights come from
-- by_source    trainers by their source, not run: the attention that each target allows
+- by_source    trainers by their source, not run: its version, and the attention of each target
 - all_linear   what peft's `target_modules="all-linear"` reaches; attention only if not listed
 
 Settings may contain $num_experts, $parameters (the experts' weights) and $reached (all_linear).
@@ -51,8 +51,8 @@ class Support(StrEnum):
     CHANGES = "gives back other tensors"
     REFUSES = "does not load it"
     NOT_TRIED = "not tried"
-    LOADS_BY_SOURCE = "by the source of 0.7.0 (not run) loads it"
-    WRONG_BY_SOURCE = "by the source of 0.7.0 (not run) computes something else"
+    LOADS_BY_SOURCE = "by its source (not run) loads it"
+    WRONG_BY_SOURCE = "by its source (not run) computes something else"
 
 
 UNTIED = (Support.UNTIED_ONLY, Support.UNTIED_OR_WRONG)
@@ -72,12 +72,13 @@ class Engine:
     cause: str = ""
     """The property that it does not support or was not tried with; "" if it is the target."""
     version: str | None = None
-    """The version that was measured; None if none was."""
+    """The version that was measured, or whose source was read; None if none was."""
 
     @property
     def words(self) -> str:
         """The support and its cause, in words that follow the name."""
-        return f"{self.support} with {self.cause}" if self.cause else str(self.support)
+        text = self.support.replace("its source", f"the source of {self.version}")
+        return f"{text} with {self.cause}" if self.cause else text
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ def _judged(
     fewer = [p for p in known if {*p.removeprefix(_ATTENTION).split(", ")} < held]
     tried = (*several, *parts, *(() if parts[-1] in known else sorted(fewer, key=len)))
     failed = [(part, known[part]) for part in tried if known.get(part, SAME) != SAME]
-    for part, verdict in sorted(failed, key=lambda each: each in _SUPPORT):  # no option helps first
+    if failed:
+        part, verdict = min(failed, key=lambda each: each in _SUPPORT)  # one that no option helps
         if (remedy := _SUPPORT.get((part, verdict))) is not None:
             return remedy, "", version
         return _OTHER_SUPPORT[verdict], _cause(part, known), version
@@ -261,14 +263,15 @@ def trainers(
     }
     found = []
     for name in TRAINERS:
-        verdicts, read = _known(kind, name), known["by_source"].get(name, {}).get(kind)
+        verdicts, source = _known(kind, name), known["by_source"].get(name, {})
+        read = source.get("targets", {}).get(kind)
         if verdicts == {} or (verdicts is read is None and name in _OWN_CLASSES):
             continue
         support, cause, version = _judged(name, verdicts, traits)
         if read is not None and not verdicts:
             ignored = sorted({*traits.attention.split(", ")} - {PLAIN, *read})
             support = Support.WRONG_BY_SOURCE if ignored else Support.LOADS_BY_SOURCE
-            cause = " and ".join(ignored)
+            cause, version = " and ".join(ignored), source["version"]
         if support is Support.PER_EXPERT_ONLY and ExpertLayout.PER_EXPERT not in target.layouts:
             support = Support.REFUSES
         settings = known["settings"][name]

@@ -163,16 +163,16 @@ def warnings(plan: Plan) -> Iterator[str]:
 
 def _wrong_software(plan: Plan) -> Iterator[str]:
     """Yield which software computes something else, with a target of the model that it runs."""
-    for each in (*plan.engines, *plan.trainers):
-        if each.support in SILENTLY_WRONG:
-            where = plan.target.title if each.cause else f"{plan.target.title} and {plan.routing}"
-            words = f"{each.name} with {where}: {each.words}."
-            if plan.growing is None:
-                from upcycle_cli.models.overview import becomes, instead
+    wrong = [e for e in (*plan.engines, *plan.trainers) if e.support in SILENTLY_WRONG]
+    if not wrong:
+        return
+    from upcycle_cli.models.overview import becomes, instead
 
-                facts = becomes(plan.source.config, plan.source.tensors)
-                words += instead(each, [f for f in facts if f.name != plan.family.choice])
-            yield words
+    found = () if plan.growing else becomes(plan.source.config, plan.source.tensors)
+    others = [facts for facts in found if facts.name != plan.family.choice]
+    for each in wrong:
+        where = plan.target.title if each.cause else f"{plan.target.title} and {plan.routing}"
+        yield f"{each.name} with {where}: {each.words}.{instead(each, others)}"
 
 
 def training_warnings(plan: Plan) -> Iterator[str]:

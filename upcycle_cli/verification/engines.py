@@ -149,8 +149,11 @@ class EngineOptions:
             raise UpcycleError(f"{ended}{reason}")
         try:
             version, output = map(json.loads, found.splitlines())
-        except ValueError as error:
+            lengths, texts = [1 + len(row) for row in output["logprobs"]], len(output["texts"])
+        except (ValueError, TypeError, KeyError) as error:
             raise UpcycleError(f"it printed no answer, but {shown(found)}") from error
+        if lengths != [*map(len, rows)] or texts not in (0, len(rows)):
+            raise UpcycleError("it answered for other rows")
         return str(version), output
 
 
