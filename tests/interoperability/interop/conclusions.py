@@ -89,7 +89,7 @@ def all_rows() -> list[Row]:
 def measured(rows: Sequence[Row]) -> Measured:
     """Return what `models/knowledge/engines.json` says; ValueError where it cannot say it."""
     result: Measured = {}
-    # Parts of models that are the same are no reason for failures of others.
+    # Successes come first: what a successful model has cannot be why another one fails.
     for row in sorted(rows, key=_order):
         found = result.setdefault(row.target, {}).setdefault(row.software, {})
         # Of the others a failure is not said, and it may be one family's alone.

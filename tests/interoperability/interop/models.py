@@ -23,7 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 HEAD_DIM = 32  # vLLM refuses 16
 WINDOW, ORIGINAL = 32, 256
 """The sliding window, and the length before rope scaling: less than the rows that models read.
-Software whose yarn has beta_fast = 32 refuses an original length below 32·2π."""
+NeMo AutoModel's YaRN refuses an original length below 32·2π."""
 ROW_TOKENS = 288
 TINY: Mapping[str, Any] = {
     "hidden_size": 128,

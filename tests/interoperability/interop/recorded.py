@@ -15,7 +15,7 @@ from interop.results import Cell
 def record(
     found: Mapping[Case, Mapping[str, Cell]], versions: Mapping[str, str], *, date: str = ""
 ) -> None:
-    """Add results of these versions to the file; those of another version of a software go."""
+    """Write results into the file; they replace what another version of the same software gave."""
     with RESULTS.open("r+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # engines and trainers may run at the same time
         merged = merge(json.load(file), found, versions, date or str(datetime.now(UTC).date()))

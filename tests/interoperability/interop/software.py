@@ -291,7 +291,7 @@ class Session:
         self.tried = tuple(self.workers)
 
     def try_all(self, cases: Iterable[Case], try_one: Callable[[Case], None]) -> None:
-        """Try conversions, some at a time: each software has a process of its own."""
+        """Try several conversions at a time; each software runs in its own process."""
 
         def tried(case: Case) -> None:
             try:
