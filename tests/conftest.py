@@ -123,6 +123,14 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "hidden_size_per_layer_input": 12,
         "vocab_size_per_layer_input": VOCAB_SIZE,
     },
+    "gemma4_unified_text": {
+        **TINY,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+    },
     "gpt_neo": {**TINY, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": {**TINY, "rotary_dim": 4},
     "granitemoehybrid": {
@@ -329,6 +337,7 @@ def write_minimal_config(path: Path) -> None:
     own = (
         *("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral", "glm"),
         *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "gemma4_text", "helium"),
+        "gemma4_unified_text",
     )
     derives = config["model_type"] not in own
     derived = minimal.get("qk_rope_head_dim", hidden_size // num_heads)

@@ -9,6 +9,7 @@ of its config is flipped once, to see which tensors depend on it.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -130,7 +132,7 @@ def declared(model_type: str) -> dict[str, Any]:
 def defaults(model_type: str) -> dict[str, Any]:
     result = declared(model_type)
     # Keys that only the model asks for, falling back on what it derives: head_dim, mostly.
-    source = inspect.getsource(inspect.getmodule(_model_class(model_type)) or transformers)
+    source = inspect.getsource(_model_module(model_type))
     for key in re.findall(r'getattr\((?:self\.)?config, "([a-z]\w*)"', source):
         result.setdefault(key, None)
     rope = getattr(config_class(model_type)(), "rope_parameters", None)
@@ -167,6 +169,14 @@ def _model_class(model_type: str) -> Any:  # noqa: ANN401 - transformers is unty
     config = config_class(model_type)
     whole, alone = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING
     return (whole if config in whole else alone)[config]
+
+
+def _model_module(model_type: str) -> ModuleType:
+    config = config_class(model_type)
+    if config in transformers.MODEL_MAPPING:
+        return importlib.import_module(_model_class(model_type).__module__)
+    # Only a wrapper builds these text models.
+    return importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
 
 
 def saved(model_type: str, **flags: bool) -> Shapes:

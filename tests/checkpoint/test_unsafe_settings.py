@@ -92,8 +92,11 @@ def test_convert_with_harmless_keys_and_files(llama: Path, tmp_path: Path) -> No
     assert convert(dense, tmp_path / "moe", RECIPE).published
 
 
-def test_allow_gemma4_only_other_heads_by_layer(make_dense: MakeDense, tmp_path: Path) -> None:
-    dense = make_dense("gemma4_text")
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
+def test_allow_gemma4_only_other_heads_by_layer(
+    make_dense: MakeDense, tmp_path: Path, model_type: str
+) -> None:
+    dense = make_dense(model_type)
     layers = read_json(dense / "config.json")["per_layer_config"]
     assert {key for changed in layers.values() for key in changed} == {"head_dim"}
     assert convert(dense, tmp_path / "moe", RECIPE).published

@@ -27,7 +27,7 @@ _CONFIG_KEYS: Mapping[str, str] = {
     "quantization_config": "says that the weights are quantised",
     "transformers_weights": "makes transformers load another weight file",
 }
-_HEADS_BY_LAYER = ("gemma4_text", "upcycled_gemma4_text")
+_HEADS_BY_LAYER = {"gemma4_text", "gemma4_unified_text"}
 """Types whose config class uses `per_layer_config` for the attention heads of each layer."""
 _HEAD_KEYS = {"head_dim", "num_key_value_heads"}
 _IMPLEMENTATIONS = (
@@ -55,7 +55,8 @@ def unsafe_config_settings(config: Mapping[str, Any], parts: Collection[str] = (
     only_heads = isinstance(layers, dict) and all(
         isinstance(changes, dict) and changes.keys() <= _HEAD_KEYS for changes in layers.values()
     )
-    if only_heads and config.get("model_type") in _HEADS_BY_LAYER:
+    model_type = str(config.get("model_type")).removeprefix("upcycled_")
+    if only_heads and model_type in _HEADS_BY_LAYER:
         config = {key: value for key, value in config.items() if key != "per_layer_config"}
     yield from _named(config, _CONFIG_KEYS)
     for key in _IMPLEMENTATIONS:

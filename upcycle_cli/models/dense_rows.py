@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from upcycle_cli.core.errors import UpcycleError, shown
@@ -117,6 +116,12 @@ _GEMMA: Any = {
     "norm_offset": 1.0,
     "activation": "hidden_activation",
 }
+_GEMMA4: Any = {
+    **_GEMMA,
+    "norm_offset": 0.0,
+    "width": _gemma4_width,
+    "layers_differ": True,  # in heads, and in which keys they share
+}
 
 _AS_LLAMA = ("cwm", "diffllama", "doge", "hyperclovax", "internlm3", "minicpm3", "ministral3")
 _LIKE_LLAMA = ("ernie4_5_moe", "granitemoe", "granitemoehybrid")
@@ -164,14 +169,8 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("gemma", norm_offset=1.0),
     DenseFamily("gemma2", **_GEMMA),
     DenseFamily("gemma3_text", **_GEMMA),
-    DenseFamily(
-        "gemma4_text",
-        norm="pre_feedforward_layernorm.weight",
-        activation="hidden_activation",
-        width=_gemma4_width,
-        layers_differ=True,  # in heads, and in which keys they share
-        targets=("gemma4_text",),
-    ),
+    DenseFamily("gemma4_text", **_GEMMA4, targets=("gemma4_text",)),
+    DenseFamily("gemma4_unified_text", **_GEMMA4),
     DenseFamily(
         "glm", mlp=_GATE_UP, pieces=_GATE_UP_ROWS, interleaved_rope=True, targets=("glm4_moe",)
     ),
@@ -282,9 +281,10 @@ _ROWS: Sequence[DenseFamily] = (
     ),
 )
 DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}
-TEXTS: Mapping[str, DenseFamily] = {
-    **DENSE,
-    "qwen2_5_vl_text": replace(DENSE["qwen2"], model_type="qwen2_5_vl_text", targets=()),
-    "qwen3_vl_text": DenseFamily("qwen3_vl_text", targets=("qwen3_vl_moe_text",)),
-}
-"""The text models that wrappers may hold; the last two exist only inside wrappers."""
+_TEXT_ROWS: Sequence[DenseFamily] = (
+    DenseFamily("qwen2_5_vl_text", windows=_LAST_SLIDE),
+    DenseFamily("qwen3_vl_text", targets=("qwen3_vl_moe_text",)),
+)
+"""Text models that exist only inside wrappers."""
+TEXTS: Mapping[str, DenseFamily] = {row.model_type: row for row in (*_ROWS, *_TEXT_ROWS)}
+"""The text models that wrappers may hold."""
