@@ -47,7 +47,7 @@ from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_rows import NATIVE
 from upcycle_cli.models.overview import TargetFacts, becomes, families
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
-from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
+from upcycle_cli.models.wrappers import WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout
 
 FOLDER = Path(__file__).parent
@@ -121,7 +121,7 @@ def _software() -> Iterator[str]:
     columns = (*_ENGINES, _USUAL_TRAINERS, "other trainers", "balancing loss")
     yield from _header("target", *columns)
     inside = [
-        native_target(name, Inside(wrapper, IN_MEMORY_PREFIXES))
+        native_target(name, Inside(wrapper))
         for wrapper in WRAPPERS.values()
         for name in wrapper.natives
     ]

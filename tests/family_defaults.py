@@ -28,6 +28,7 @@ from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
@@ -40,6 +41,7 @@ TARGET = Path(__file__).parent.parent / "upcycle_cli" / "models" / "knowledge" /
 DENSE, MOE = tuple(families.DENSE), (*NATIVE, *GROW_ONLY)
 TEXTS = {*WRAPPED_TARGETS, *(name for row in WRAPPERS.values() for name in row.texts)} - {*DENSE}
 """Text models that exist only inside wrappers."""
+WHOLE = {name for row in WRAPPERS.values() for name in (row.model_type, row.native)}
 WITHOUT_TABLE = {
     *("apertus", "apertus1p5_text", "doge", "internlm3", "minicpm3", "persimmon", "phi"),
     *("stablelm", "gpt_neox", "youtu", "nemotron_h"),
@@ -84,16 +86,15 @@ def main() -> None:
 
 def generated(dense: Sequence[str] = DENSE) -> dict[str, Any]:
     """Return what the file must hold of dense types for the transformers that is installed."""
+    alone = {*dense, *MOE} - TEXTS - WHOLE
     return {
         "transformers": installed(),
         # Some activations have weights of their own, which no row has a place for.
         "activations": sorted({*ACT2CLS} - {"prelu", "xielu"}),
         "rope_kinds": ["default", *sorted({*ROPE_INIT_FUNCTIONS} - {"default", "proportional"})],
-        "defaults": {
-            model_type: defaults(model_type) for model_type in sorted({*dense, *MOE, *TEXTS})
-        },
-        "classes": {name: classes(name) for name in sorted({*dense, *MOE} - TEXTS)},
-        "tensors": {name: tensors(name) for name in sorted({*dense} - WITHOUT_TABLE - TEXTS)},
+        "defaults": {name: defaults(name) for name in sorted({*alone, *TEXTS, *WHOLE})},
+        "classes": {name: classes(name) for name in sorted({*alone, *WHOLE})},
+        "tensors": {name: tensors(name) for name in sorted(alone & {*dense} - WITHOUT_TABLE)},
     }
 
 
@@ -114,9 +115,12 @@ def config_class(model_type: str) -> Any:  # noqa: ANN401 - transformers is unty
 
 def classes(model_type: str) -> list[str | None]:
     """Return the names of the config, the base model and the causal language model."""
-    mappings = MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    names = (mapping.get(model_type) for mapping in mappings)
-    return [config_class(model_type).__name__, *names]
+    whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    base = MODEL_MAPPING_NAMES.get(model_type)
+    if model_type in WHOLE:
+        whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
+        base = base or whole.replace("ForConditionalGeneration", "Model")
+    return [config_class(model_type).__name__, base, whole]
 
 
 def declared(model_type: str) -> dict[str, Any]:
@@ -130,6 +134,8 @@ def declared(model_type: str) -> dict[str, Any]:
 
 
 def defaults(model_type: str) -> dict[str, Any]:
+    if model_type in WHOLE:
+        return {"tie_word_embeddings": bool(config_class(model_type)().tie_word_embeddings)}
     result = declared(model_type)
     # Keys that only the model asks for, falling back on what it derives: head_dim, mostly.
     source = inspect.getsource(_model_module(model_type))

@@ -41,7 +41,7 @@ from upcycle_cli.models.engines import (  # noqa: E402
 from upcycle_cli.models.lookup import native_target, shipped_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
 from upcycle_cli.models.overview import families  # noqa: E402
-from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside  # noqa: E402
+from upcycle_cli.models.wrappers import WRAPPERS, Inside  # noqa: E402
 from upcycle_cli.recipe.options import Routing  # noqa: E402
 
 CASE = Case("qwen3", "qwen3_moe", "E8G8T8", "topk-softmax")
@@ -182,7 +182,7 @@ def test_properties_that_only_fail_together_are_kept_together() -> None:
 ROWS = [row for row in all_rows() if (row.target, row.software) not in NOT_OF_THE_MODEL]
 SHIPPED_ROW = shipped_target(DENSE["nemotron"], "relu2", biased=False)
 WRAPPED_ROWS = [
-    native_target(name, Inside(wrapper, IN_MEMORY_PREFIXES))
+    native_target(name, Inside(wrapper))
     for wrapper in WRAPPERS.values()
     for name in wrapper.natives
 ]

@@ -17,7 +17,7 @@ from upcycle_cli.models.dense_rows import DENSE  # noqa: E402
 from upcycle_cli.models.engines import SILENTLY_WRONG, Support, Traits, trainers  # noqa: E402
 from upcycle_cli.models.lookup import native_target  # noqa: E402
 from upcycle_cli.models.moe_rows import NATIVE  # noqa: E402
-from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside  # noqa: E402
+from upcycle_cli.models.wrappers import WRAPPERS, Inside  # noqa: E402
 from upcycle_cli.recipe.recipe import Routing  # noqa: E402
 
 DOCS = TESTS.parent / "docs"
@@ -25,7 +25,7 @@ REFERENCE = DOCS / "reference"
 
 
 def inside(wrapper: str) -> Inside:
-    return Inside(WRAPPERS[wrapper], IN_MEMORY_PREFIXES)
+    return Inside(WRAPPERS[wrapper])
 
 
 def test_a_wrapped_target_has_settings_of_its_own() -> None:

@@ -20,7 +20,7 @@ from wrapped import Row
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint
 from upcycle_cli.models.overview import families
-from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS
+from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED
 
 LLAVA: Row = ("llava", "llama", "mixtral")
@@ -142,21 +142,21 @@ def test_tensors_that_transformers_ignores_are_dropped(
     assert plan.dropped.keys() == added.keys()
 
 
-_MEMORY = IN_MEMORY_PREFIXES
+_TEXT, _REST = "model.language_model.", "model."
 RENAMED: dict[str, tuple[Row, tuple[tuple[str, str], ...]]] = {
     "llava, as in memory": (
         LLAVA,
         (
-            ("language_model.model.", _MEMORY.text),
+            ("language_model.model.", _TEXT),
             ("language_model.lm_head", "lm_head"),
-            ("", _MEMORY.rest),
+            ("", _REST),
         ),
     ),
     "llava, as released": (LLAVA, (("vision_tower.", "vision_tower.vision_model."), ("", ""))),
     "gemma3, as released": (GEMMA3, (("vision_tower.", "vision_tower.vision_model."), ("", ""))),
     "qwen2_5_vl, as in memory": (
         ("qwen2_5_vl", "qwen2_5_vl_text", SHIPPED),
-        (("lm_head", "lm_head"), ("model.", _MEMORY.text), ("", _MEMORY.rest)),
+        (("lm_head", "lm_head"), ("model.", _TEXT), ("", _REST)),
     ),
 }
 

@@ -108,6 +108,11 @@ class DenseFamily:
             return self.inside.wrapper.classes
         return defaults.class_names(self.model_type)
 
+    @property
+    def text_model(self) -> str | None:
+        """What its wrapper calls it; None without a wrapper."""
+        return None if self.inside is None else self.inside.wrapper.text
+
 
 def rope_layers(values: Mapping[str, Any], count: int) -> Sequence[bool]:
     """Return which layers have rotary embeddings; UpcycleError for invalid values."""

@@ -112,8 +112,8 @@ def is_target(config: Mapping[str, Any]) -> bool:
         text_type = wrappers.text_config_of(config)["model_type"]
         if model_type == wrapper.upcycled:
             return text_type in wrapper.texts
-        native, _ = wrapper.natives.get(text_type, (None, None))
-        return native == model_type and (text_type not in wrapper.texts or is_moe(config))
+        is_native = text_type in wrapper.natives and model_type == wrapper.native
+        return is_native and (text_type not in wrapper.texts or is_moe(config))
     if model_type in NATIVE:
         return model_type not in DENSE or is_moe(config)
     name = model_type.removeprefix(UPCYCLED_PREFIX)
@@ -128,8 +128,8 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
     model_type = str(config["model_type"])
     wrapper = wrappers.wrapper_of(config)
     if wrapper is not None and model_type != wrapper.upcycled:
-        inside = wrappers.Inside(wrapper, wrapper.prefixes_in(names))
-        return native_target(wrappers.text_config_of(config)["model_type"], inside)
+        text_type = wrappers.text_config_of(config)["model_type"]
+        return native_target(text_type, wrapper.inside(names))
     released = {**NATIVE, **GROW_ONLY}.get(model_type)
     if released is not None:
         # Released names win if a checkpoint has both; the in-memory names are then surplus.
@@ -157,8 +157,7 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
     A wrapper's tensors get in-memory names, since transformers renames none for remote code.
     """
     if family.inside is not None:
-        inside = wrappers.Inside(family.inside.wrapper, wrappers.IN_MEMORY_PREFIXES)
-        family = _inside(TEXTS[family.model_type], inside)
+        family = _inside(TEXTS[family.model_type], wrappers.Inside(family.inside.wrapper))
     gated = "gate" in parts_of(family.mlp)
     swiglu = gated and activation in ("silu", "swish") and not biased
     module = family.mlp[0].name.split(".")[0]
@@ -204,13 +203,13 @@ def family_of(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFa
             "upcycled yet.",
             f"It can be around {' or '.join(wrapper.texts)}.",
         )
-    return _inside(TEXTS[text_type], wrappers.Inside(wrapper, wrapper.prefixes_in(names)))
+    return _inside(TEXTS[text_type], wrapper.inside(names))
 
 
 def wrapped_families() -> Mapping[str, Mapping[str, DenseFamily]]:
     """Return the rows of all text models inside wrappers: by wrapper, then by text model type."""
     return {
-        name: {t: _inside(TEXTS[t], wrappers.Inside(row, row.released)) for t in row.texts}
+        name: {t: _inside(TEXTS[t], row.inside()) for t in row.texts}
         for name, row in sorted(wrappers.WRAPPERS.items())
     }
 
@@ -278,7 +277,7 @@ class Family(Compact):
         """Return the name in the target of a dense tensor that is copied."""
         here, there = self.dense.family.inside, self.target.inside
         if here is not None and there is not None:
-            return here.moved(source, there)
+            source = here.moved(source, there)
         return wrappers.replace_parts(source, self.target.renamed)
 
 

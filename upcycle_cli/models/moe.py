@@ -190,7 +190,7 @@ class Target(Compact):
             return ARCHITECTURE if self.inside is None else WRAPPED_ARCHITECTURE
         if self.inside is None:
             return class_names(self.model_type)[-1]
-        return f"{self.inside.wrapper.natives[self.model_type][1]}ForConditionalGeneration"
+        return class_names(self.inside.wrapper.native)[-1]
 
     @property
     def outer_type(self) -> str:
@@ -198,7 +198,7 @@ class Target(Compact):
         if self.inside is None:
             return self.model_type
         wrapper = self.inside.wrapper
-        return wrapper.upcycled if self.ships_code else wrapper.natives[self.model_type][0]
+        return wrapper.upcycled if self.ships_code else wrapper.native
 
     @property
     def title(self) -> str:

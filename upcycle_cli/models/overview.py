@@ -18,7 +18,7 @@ from upcycle_cli.models.lookup import choose
 from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_config import moe_text_config
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.wrappers import IN_MEMORY_PREFIXES, WRAPPERS, Inside
+from upcycle_cli.models.wrappers import WRAPPERS, Inside
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 
@@ -102,7 +102,7 @@ def families() -> Families:
     """
     dense = {name: lookup.targets_of(DENSE[name]) for name in sorted(DENSE)}
     wrapped = {
-        target: lookup.native_target(target, Inside(wrapper, IN_MEMORY_PREFIXES))
+        target: lookup.native_target(target, Inside(wrapper))
         for wrapper in WRAPPERS.values()
         for target in wrapper.natives
         if target not in NATIVE

@@ -15,8 +15,6 @@ WRAPPED_ARCHITECTURE = "UpcycledForConditionalGeneration"
 UPCYCLED_PREFIX = "upcycled_"
 """The prefix of model types with shipped code; the dense model type follows."""
 
-_ROLES = ("DenseConfig", "DenseModel", "DenseForCausalLM")
-
 
 def auto_map(*, wrapped: bool) -> dict[str, str]:
     """Return the config's `auto_map`; `wrapped` says whether the text model is in a wrapper."""
@@ -31,13 +29,16 @@ def auto_map(*, wrapped: bool) -> dict[str, str]:
     }
 
 
-def modeling_code(classes: tuple[str, str, str], *, wrapped: bool = False) -> str:
+def modeling_code(classes: tuple[str, str, str], *, text_model: str | None = None) -> str:
     """Return the text of a model's `modeling_upcycled.py`.
 
     `classes` are the config, base model and full model that transformers exports for the dense
-    family, or for its wrapper.
+    family, or for its wrapper, whose base model calls the text model `text_model`.
     """
-    text = files(__package__).joinpath(CODE_NAME).read_text(encoding="utf-8")
-    for role, name in zip(_ROLES, classes, strict=True):
-        text = re.sub(rf"import \w+ as {role}\n", f"import {name} as {role}\n", text)
-    return text.replace("ForCausalLM", "ForConditionalGeneration") if wrapped else text
+    text, whole = files(__package__).joinpath(CODE_NAME).read_text(encoding="utf-8"), "ForCausalLM"
+    if text_model is not None:
+        text, whole = text.replace(whole, wrapped := "ForConditionalGeneration"), wrapped
+        text = text.replace('"language_model"', f'"{text_model}"')
+    for role, name in zip(("Config", "Model", whole), classes, strict=True):
+        text = re.sub(rf"import \w+ as Dense{role}\n", f"import {name} as Dense{role}\n", text)
+    return text

@@ -8,11 +8,11 @@ model's MLPs become experts; the vision tower and the projector are copied.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, TypeAlias
 
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models.defaults import defaults_of
+from upcycle_cli.models.defaults import class_names, defaults_of
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 
 MODEL_PREFIX = "model."
@@ -28,161 +28,147 @@ def replace_parts(name: str, renamed: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
+Names: TypeAlias = tuple[tuple[str, str], ...]
+"""How names in files begin, and how they begin in memory of transformers 5; the first pair counts.
+
+A name that begins in no such way is the same in both.
+"""
+
+
 @dataclass(frozen=True)
-class NamePrefixes:
-    """How tensor names of a wrapper begin, in one kind of checkpoint."""
-
-    text: str
-    """The prefix of the text model's tensors, except its head."""
-    head: str
-    """The full name of the head."""
-    rest: str
-    """The prefix of all other tensors."""
-
-
-IN_MEMORY_PREFIXES = NamePrefixes("model.language_model.", HEAD, MODEL_PREFIX)
-"""The names of every wrapper in memory of transformers 5, which also reads them."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Wrapper:
     """A model type around a text model: a row of `WRAPPERS`."""
 
     model_type: str
     texts: tuple[str, ...]
     """The model types it may hold; the first is the default of a config without a type."""
-    class_prefix: str
-    """The prefix of its class names in transformers."""
-    released: NamePrefixes = IN_MEMORY_PREFIXES
-    natives: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """The targets that a wrapper of transformers can hold, with its model type and class prefix."""
+    _: KW_ONLY
+    names: tuple[Names, ...] = ((),)
+    """How files may name its tensors; transformers writes the first."""
+    text: str = "language_model"
+    """The name of the text model within the base model."""
+    natives: tuple[str, ...] = ()
+    """The targets that a wrapper of transformers can hold."""
+    native_type: str | None = None
+    """The model type of that wrapper, if it is another one."""
     has_balancing_loss: bool = True
     """Whether its native classes add the text model's auxiliary loss in training."""
-    tied: bool = False
-    """Whether the head is tied to the embedding by default."""
     ties_by_text: bool = False
     """Whether the text model's config can tie the head, too."""
     is_flat: bool = False
     """Whether its config may hold the text model's settings at the top level."""
-    renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of released tensor names with their in-memory replacement."""
+    renamed: Names = ()
+    """Parts of names in files with their in-memory replacement."""
+    kept: Names = ()
+    """More of them, which shipped code keeps: transformers renames these for it, too."""
 
     @property
     def classes(self) -> tuple[str, str, str]:
         """Its config, base model and full model in transformers."""
-        name = self.class_prefix
-        return f"{name}Config", f"{name}Model", f"{name}ForConditionalGeneration"
+        return class_names(self.model_type)
+
+    @property
+    def native(self) -> str:
+        """The model type of the wrapper around a native target."""
+        return self.native_type or self.model_type
 
     @property
     def upcycled(self) -> str:
         """Its model type once it has shipped code."""
         return f"{UPCYCLED_PREFIX}{self.model_type}"
 
-    def prefixes_in(self, names: Collection[str]) -> NamePrefixes:
-        """Return the prefixes that a checkpoint's tensor names have."""
-        # In-memory names first: released prefixes may match them too.
-        for prefixes in (IN_MEMORY_PREFIXES, self.released):
-            if any(name.startswith(prefixes.text) for name in names):
-                return prefixes
-        return self.released
+    def inside(self, names: Collection[str] = ()) -> Inside:
+        """Return the position of its text model in a checkpoint that has the tensors `names`."""
+        found = (Inside(self, option) for option in (*self.names, ()))
+        starts = ((inside, inside.wrapped(MODEL_PREFIX + "layers.")) for inside in found)
+        fits = (inside for inside, start in starts if any(n.startswith(start) for n in names))
+        return next(fits, Inside(self, self.names[0]))
 
 
 @dataclass(frozen=True)
 class Inside:
-    """The position of a text model: its wrapper, and the prefixes of names in its checkpoint."""
+    """The position of a text model: its wrapper, and how names in its checkpoint begin."""
 
     wrapper: Wrapper
-    prefixes: NamePrefixes
+    names: Names = ()
 
     def wrapped(self, name: str) -> str:
         """Return the name here of a tensor that a standalone text model calls `name`."""
         if name == HEAD:
-            return self.prefixes.head
-        return self.prefixes.text + name.removeprefix(MODEL_PREFIX)
+            return self._in_file(HEAD)
+        return self._in_file(f"{MODEL_PREFIX}{self.wrapper.text}.{name.removeprefix(MODEL_PREFIX)}")
 
     def is_text(self, name: str) -> bool:
         """Whether a tensor belongs to the text model."""
-        return name.startswith(self.prefixes.text) or name == self.prefixes.head
+        loaded = self._loaded(name)
+        return loaded.startswith(f"{MODEL_PREFIX}{self.wrapper.text}.") or loaded == HEAD
 
     def in_memory(self, name: str) -> str:
         """Map a checkpoint name to its in-memory name."""
-        moved = self.moved(name, Inside(self.wrapper, IN_MEMORY_PREFIXES))
-        return replace_parts(moved, self.wrapper.renamed)
+        return replace_parts(self.moved(name, Inside(self.wrapper)), self.wrapper.kept)
 
     def moved(self, name: str, other: Inside) -> str:
-        """Map a name of this checkpoint to its name in another one.
+        """Map a name of this checkpoint to its name in another one."""
+        moved = other._in_file(self._loaded(name))
+        return moved if other.names else replace_parts(moved, self.wrapper.renamed)
 
-        `renamed` parts stay: transformers 4 reads only the old names, and 5 reads both.
-        """
-        before, after = self.prefixes, other.prefixes
-        if name == before.head:
-            return after.head
-        for old, new in ((before.text, after.text), (before.rest, after.rest)):
-            if name.startswith(old):
-                return new + name.removeprefix(old)
+    def _loaded(self, name: str) -> str:
+        for file, memory in self.names:
+            if name.startswith(file):
+                return memory + name.removeprefix(file)
+        return name
+
+    def _in_file(self, name: str) -> str:
+        for file, memory in self.names:
+            if name.startswith(memory):
+                return file + name.removeprefix(memory)
         return name
 
 
+_TEXT = "model.language_model."
+_HEADED = ("language_model.lm_head.", "lm_head.")
 _LLAVA: Any = {
-    "released": NamePrefixes("language_model.model.", "language_model.lm_head.weight", ""),
-    "renamed": ((".vision_tower.vision_model.", ".vision_tower."),),
+    "names": ((("language_model.model.", _TEXT), _HEADED, ("", MODEL_PREFIX)),),
+    # transformers 4 reads only the old names, and 5 reads both.
+    "kept": ((".vision_tower.vision_model.", ".vision_tower."),),
 }
 _ROWS: Sequence[Wrapper] = (
     Wrapper(
-        model_type="llava",
-        texts=("llama", "mistral", "qwen2", "qwen3"),  # it takes any; these were tested
-        class_prefix="Llava",
+        "llava",
+        ("llama", "mistral", "qwen2", "qwen3"),  # it takes any; these were tested
         **_LLAVA,
-        natives=dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), ("llava", "Llava")),
+        natives=("mixtral", "qwen2_moe", "qwen3_moe"),
         has_balancing_loss=False,
         ties_by_text=True,
     ),
     Wrapper(
-        model_type="mistral3",
-        texts=("mistral", "ministral3"),
-        class_prefix="Mistral3",
+        "mistral3",
+        ("mistral", "ministral3"),
         **_LLAVA,
-        natives=dict.fromkeys(("mixtral", "qwen2_moe"), ("mistral3", "Mistral3")),
+        natives=("mixtral", "qwen2_moe"),
         has_balancing_loss=False,
-        tied=True,
     ),
+    Wrapper("gemma3", ("gemma3_text",), **_LLAVA),
     Wrapper(
-        model_type="gemma3", texts=("gemma3_text",), class_prefix="Gemma3", **_LLAVA, tied=True
-    ),
-    Wrapper(
-        model_type="qwen2_5_vl",
-        texts=("qwen2_5_vl_text",),
-        class_prefix="Qwen2_5_VL",
-        released=NamePrefixes("model.", "lm_head.weight", ""),
+        "qwen2_5_vl",
+        ("qwen2_5_vl_text",),
+        names=(
+            (("model.", "model.language_model."), ("lm_head.", "lm_head."), ("", MODEL_PREFIX)),
+        ),
         ties_by_text=True,
         is_flat=True,
     ),
     Wrapper(
-        model_type="qwen3_vl",
-        texts=("qwen3_vl_text",),
-        class_prefix="Qwen3VL",
-        natives={"qwen3_vl_moe_text": ("qwen3_vl_moe", "Qwen3VLMoe")},
+        "qwen3_vl",
+        ("qwen3_vl_text",),
+        natives=("qwen3_vl_moe_text",),
+        native_type="qwen3_vl_moe",
     ),
-    Wrapper(
-        model_type="qwen3_5",
-        texts=("qwen3_5_text",),
-        class_prefix="Qwen3_5",
-        natives={"qwen3_5_moe_text": ("qwen3_5_moe", "Qwen3_5Moe")},
-    ),
-    Wrapper(
-        model_type="gemma4",
-        texts=("gemma4_text",),
-        class_prefix="Gemma4",
-        natives={"gemma4_text": ("gemma4", "Gemma4")},
-        tied=True,
-    ),
+    Wrapper("qwen3_5", ("qwen3_5_text",), natives=("qwen3_5_moe_text",), native_type="qwen3_5_moe"),
+    Wrapper("gemma4", ("gemma4_text",), natives=("gemma4_text",)),
 )
 WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in _ROWS}
-_BY_TYPE = {
-    name: row
-    for row in _ROWS
-    for name in (row.model_type, row.upcycled, *(native for native, _ in row.natives.values()))
-}
+_BY_TYPE = {name: row for row in _ROWS for name in (row.model_type, row.upcycled, row.native)}
 """By the model type of a config, before and after upcycling."""
 
 
@@ -206,7 +192,8 @@ def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         text = {key: value for key, value in config.items() if key in _flat_keys(wrapper)}
     if not isinstance(text, Mapping):
         raise UpcycleError(f"config.json: text_config must be an object, not {shown(text)}.")
-    tied = config.get("tie_word_embeddings", wrapper.tied)
+    by_default = defaults_of(wrapper.model_type)["tie_word_embeddings"]
+    tied = config.get("tie_word_embeddings", by_default)
     if wrapper.ties_by_text:
         tied = tied or text.get("tie_word_embeddings", False)
     return {"model_type": wrapper.texts[0], **text, "tie_word_embeddings": tied}
@@ -245,5 +232,5 @@ def _flat_keys(wrapper: Wrapper) -> set[str]:
 def nested_configs(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys under which a config holds the configs of wrapped models."""
     if wrapper_of(config) is not None:
-        parts = ("text_config", "vision_config", "audio_config")
-        yield from (key for key in parts if isinstance(config.get(key), Mapping))
+        keys = (key for key in config if key.endswith("_config") and key != "quantization_config")
+        yield from (key for key in keys if isinstance(config[key], Mapping))

@@ -189,7 +189,7 @@ class Plan(Compact):
         if not self.target.ships_code:
             return None
         row = self.family.dense.family
-        return modeling_code(row.classes, wrapped=row.inside is not None)
+        return modeling_code(row.classes, text_model=row.text_model)
 
     @property
     def file_names(self) -> list[str]:

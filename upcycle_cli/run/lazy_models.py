@@ -180,7 +180,7 @@ def _finder(
             return name, root + name.removeprefix("model.")
     else:
         loaded = {inside.in_memory(name): name for name in checkpoint.tensors}
-        released = Inside(inside.wrapper, inside.wrapper.released)
+        released = inside.wrapper.inside()
 
         def names(name: str) -> tuple[str, str]:
             return loaded.get(name, ""), released.moved(name, inside)

@@ -161,7 +161,7 @@ def decoder_layers(model: Model) -> Model:
     from torch.nn import ModuleList
 
     base = model.base_model
-    text = getattr(base, "language_model", base)
+    text = getattr(base, "language_model", getattr(base, "text_model", base))
     return next(child for child in text.children() if isinstance(child, ModuleList))
 
 
@@ -220,7 +220,7 @@ def _classes(model_type: str) -> ModuleType:
     module = ModuleType(f"{__package__}.{model_type}")
     sys.modules[module.__name__] = module
     module.__file__ = f"<{module.__name__}>"
-    text = modeling_code(shipped, wrapped=wrapper is not None)
+    text = modeling_code(shipped, text_model=None if wrapper is None else wrapper.text)
     code = compile(text, module.__file__, "exec", dont_inherit=True)
     exec(code, module.__dict__)  # noqa: S102 - it is ours
     return module

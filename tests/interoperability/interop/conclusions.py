@@ -150,7 +150,7 @@ def target_of(case: Case) -> str:
         return f"{UPCYCLED_PREFIX}{case.dense_type}"
     if not case.wrapper:
         return case.target
-    return f"{WRAPPERS[case.wrapper].natives[case.target][0]} around {case.target}"
+    return f"{WRAPPERS[case.wrapper].native} around {case.target}"
 
 
 def dense_config(dense: str) -> dict[str, Any]:
