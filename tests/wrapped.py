@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from upcycle_cli import Recipe, verify
 from upcycle_cli.models.lookup import native_target, targets_of, wrapped_families
 from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
+from upcycle_cli.verification.pictures import picture_with_text
 from upcycle_cli.verification.prompts import TextOptions
 from upcycle_cli.verification.result import CHECK_NAMES
 
@@ -145,26 +145,7 @@ def load(path: Path) -> Any:  # noqa: ANN401 - transformers is untyped
 @torch.no_grad()
 def picture_and_text(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
     """Inputs as a processor of any of these models would make them."""
-    generator = torch.Generator().manual_seed(5)
-    vision, known = model.config.vision_config, signature(type(model.base_model).forward).parameters
-    if "image_grid_thw" in known:
-        pixels, grid = torch.randn(16, 96, generator=generator), torch.tensor([[1, 4, 4]])
-        inputs = {"pixel_values": pixels, "image_grid_thw": grid}
-    elif "image_position_ids" in known:
-        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
-        pixels = torch.randn(1, 16, 48, generator=generator)
-        inputs = {"pixel_values": pixels, "image_position_ids": places}
-    else:
-        inputs = {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
-        if vision.model_type == "pixtral":
-            inputs["image_sizes"] = torch.tensor([[16, 16]])
-    made = model.get_image_features(**inputs, return_dict=True).pooler_output
-    count = sum(len(piece.reshape(-1, piece.shape[-1])) for piece in made)
-    words = torch.randint(2, IMAGE, (1, 14), generator=generator)
-    ids = torch.cat([words[:, :4], torch.full((1, count), IMAGE), words[:, 4:]], dim=1)
-    for key in {"token_type_ids", "mm_token_type_ids"} & {*known}:
-        inputs[key] = (ids == IMAGE).long()
-    return {"input_ids": ids, **inputs}
+    return picture_with_text(model)
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ Legend: K compared positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -22,7 +23,7 @@ _BEFORE, _AFTER = 4, 12
 _SIDE = 2
 """Merged patches per side, if a picture may have any size."""
 _CHANNELS = 3
-"""Channels of a picture, if no config has the number."""
+_Form = tuple[Sequence[int], Mapping[str, torch.Tensor]]
 
 
 def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
     if getattr(dense.net.config, "vision_config", None) is None:
         return {}
     with source_errors(dense.checkpoint.path), torch.no_grad():
-        inputs = _inputs(dense.net)
+        inputs = picture_with_text(dense.net)
         wanted_KV = _logits(dense.net, inputs)
     with transformers_errors(), torch.no_grad():
         found_KV = _logits(moe.net, inputs)
@@ -47,19 +48,20 @@ def _logits(model: Model, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return logits[0].double()
 
 
-def _inputs(model: Model) -> dict[str, torch.Tensor]:
+def picture_with_text(model: Model) -> dict[str, torch.Tensor]:
+    """Return the inputs of a model for a random picture between random text tokens."""
     generator = torch.Generator().manual_seed(0)
-    inputs = _picture(model, generator)
-    made = model.get_image_features(**inputs, return_dict=True).pooler_output
+    inputs, base, config = _picture(model, generator), model.base_model, model.config
+    made = base.get_image_features(**inputs, return_dict=True).pooler_output
     pieces = made if isinstance(made, list | tuple) else [made]
     count = sum(piece.numel() // piece.shape[-1] for piece in pieces)
-    config = model.config
-    special = {value for key, value in config.to_dict().items() if "token" in key}
+    stated = [value for key, value in config.to_dict().items() if "token" in key]
+    special = {t for value in stated for t in (value if isinstance(value, list) else [value])}
     usable = [i for i in range(config.get_text_config().vocab_size) if i not in special]
     drawn = torch.randint(len(usable), (_BEFORE + _AFTER,), generator=generator).tolist()
     words, picture = [usable[i] for i in drawn], [config.image_token_id] * count
     ids = torch.tensor([[*words[:_BEFORE], *picture, *words[_BEFORE:]]])
-    known = signature(type(model.base_model).forward).parameters
+    known = signature(type(base).forward).parameters
     kinds = {key for key in ("token_type_ids", "mm_token_type_ids") if key in known}
     return {
         "input_ids": ids,
@@ -69,23 +71,59 @@ def _inputs(model: Model) -> dict[str, torch.Tensor]:
 
 
 def _picture(model: Model, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Return a random picture in the form that the model takes: patches or pixels."""
-    base, vision = model.base_model, model.config.vision_config
-    known = signature(type(base).forward).parameters
-    if "image_position_ids" in known:
-        side = _SIDE * vision.pooling_kernel_size
-        patches = torch.rand(1, side**2, _CHANNELS * vision.patch_size**2, generator=generator)
-        places = torch.cartesian_prod(torch.arange(side), torch.arange(side))[None]
-        return {"pixel_values": patches, "image_position_ids": places}
-    if "image_grid_thw" in known:
-        side = _SIDE * vision.spatial_merge_size
-        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = torch.randn(side**2, size, generator=generator)
-        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
-    size = vision.image_size
-    pixels = torch.randn(1, vision.num_channels, size, size, generator=generator)
-    if "image_sizes" not in signature(type(base.vision_tower).forward).parameters:
-        return {"pixel_values": pixels}
-    # This model takes pictures of several sizes: use a small one.
-    size = _SIDE * vision.patch_size * getattr(model.config, "spatial_merge_size", 1)
-    return {"pixel_values": pixels[..., :size, :size], "image_sizes": torch.tensor([[size, size]])}
+    """Return a random picture in the form that the model takes."""
+    known = signature(type(model.base_model).forward).parameters
+    shape, others = _patches(known, model.config) or _pixels(known, model.config)
+    name = "pixel_values_images" if "pixel_values_images" in known else "pixel_values"
+    return {name: torch.randn(shape, generator=generator), **others}
+
+
+def _patches(known: Collection[str], config: Any) -> _Form | None:  # noqa: ANN401
+    """Return the shape of a picture in patches, and its other inputs; None for pixels."""
+    vision = config.vision_config
+    side = _SIDE * getattr(vision, "pooling_kernel_size", getattr(vision, "spatial_merge_size", 2))
+    count, grid = side**2, torch.tensor([[side, side]])
+    patch = _number(getattr(vision, "patch_size", 0))
+    flat = (count, _CHANNELS * getattr(vision, "temporal_patch_size", 1) * patch**2)
+    grids = {"image_grid_thw": torch.tensor([[1, side, side]])}
+    forms: Mapping[str, _Form] = {
+        "image_position_ids": (
+            (1, *flat),
+            {"image_position_ids": torch.cartesian_prod(*[torch.arange(side)] * 2)[None]},
+        ),
+        "spatial_shapes": (
+            (1, *flat),
+            {
+                "spatial_shapes": grid,
+                "pixel_attention_mask": torch.ones(1, count, dtype=torch.long),
+            },
+        ),
+        "target_sizes": ((1, _CHANNELS, patch, count * patch), {"target_sizes": grid}),
+        "image_grid_hw": (flat, {"image_grid_hw": grid}),
+        "image_merge_sizes": (flat, {**grids, "image_merge_sizes": torch.tensor([2])}),
+        "image_grid_thw": (flat, grids),
+    }
+    return next((form for name, form in forms.items() if name in known), None)
+
+
+def _pixels(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
+    """Return the shape of a picture in pixels, and its other inputs."""
+    vision = config.vision_config
+    size = _number(getattr(vision, "image_size", None) or vision.model_args["img_size"])
+    square = (_CHANNELS, size, size)
+    tiled = getattr(config, "image_grid_pinpoints", None)
+    if tiled:
+        height, width = min(tiled, key=math.prod)
+        tiles = 1 + -(-height // size) * -(-width // size)  # the first shows the whole picture
+        return (1, tiles, *square), {"image_sizes": torch.tensor([[height, width]])}
+    if "pixel_attention_mask" in known or config.model_type == "perception_lm":
+        return (1, 1, *square), {}
+    if vision.model_type != "pixtral":
+        return (1, *square), {}
+    # This tower takes pictures of several sizes: use a small one.
+    size = _SIDE * vision.patch_size * getattr(config, "spatial_merge_size", 1)
+    return (1, _CHANNELS, size, size), {"image_sizes": torch.tensor([[size, size]])}
+
+
+def _number(value: int | Sequence[int]) -> int:
+    return value if isinstance(value, int) else value[0]
