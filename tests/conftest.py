@@ -113,6 +113,17 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ministral3": _LONG,
     "codegen": {**TINY, "rotary_dim": 4},
     "falcon": TINY,
+    "gemma3n_text": {
+        **TINY,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "head_dim": 8,
+        "hidden_size_per_layer_input": 12,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "laurel_rank": 4,
+    },
     "gemma4_text": {
         **TINY,
         "num_hidden_layers": 4,
@@ -337,7 +348,7 @@ def write_minimal_config(path: Path) -> None:
     own = (
         *("qwen3", "nemotron_h", "iquestcoder", "seed_oss", "ministral", "glm"),
         *("ernie4_5", "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "gemma4_text", "helium"),
-        "gemma4_unified_text",
+        *("gemma4_unified_text", "gemma3n_text"),
     )
     derives = config["model_type"] not in own
     derived = minimal.get("qk_rope_head_dim", hidden_size // num_heads)

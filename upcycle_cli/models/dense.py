@@ -14,7 +14,6 @@ from typing import Any
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models import defaults
-from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
 from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside
 from upcycle_cli.recipe.scaling import MlpKind
@@ -75,8 +74,14 @@ class DenseFamily:
     """Non-expert tensors that native targets store as several."""
     interleaved_rope: bool = False
     """Whether rope rotates rows 2i and 2i + 1 of a head, and not rows i and i + half."""
-    mlp_block: str | None = None
-    """The kind (layers_block_type) of MLP layers, if MLPs are separate layers."""
+    kinds: Callable[[defaults.ConfigValues], Sequence[str]] = lambda values: (
+        ("layer",) * values["num_hidden_layers"]
+    )
+    """Returns the kind of each layer."""
+    mlp_layer: str = "layer"
+    """The kind of layers whose MLPs can become experts."""
+    width_by_layer: bool = False
+    """Whether intermediate_size may be a list with the size of each layer."""
     windows: Callable[[defaults.ConfigValues, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
     """The targets, the default first. Shipped code is the last one unless it is listed: native
@@ -89,6 +94,12 @@ class DenseFamily:
     def with_current_keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config with old keys renamed."""
         stated = {new: config[old] for old, new in self.old_keys.items() if old in config}
+        widths = config.get("intermediate_size")
+        if self.width_by_layer and isinstance(widths, list) and widths:
+            if any(width != widths[0] for width in widths):
+                words = "intermediate_size differs from layer to layer, but all experts need one"
+                raise UpcycleError(f"config.json: {words}.")
+            stated["intermediate_size"] = widths[0]
         return {key: value for key, value in config.items() if key not in self.old_keys} | stated
 
     @property
@@ -160,9 +171,8 @@ class DenseModel(Compact):
 
     @property
     def mlp_layers(self) -> tuple[int, ...]:
-        """The layers that have an MLP."""
-        wanted = self.family.mlp_block
-        return tuple(i for i, kind in enumerate(self.kinds) if wanted in (None, kind))
+        """The layers whose MLP can become experts."""
+        return tuple(i for i, kind in enumerate(self.kinds) if kind == self.family.mlp_layer)
 
     @property
     def hidden_size(self) -> int:
@@ -222,7 +232,7 @@ def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     """Return the model that a text config describes; raises UpcycleError for invalid values."""
     config = family.with_current_keys(config)
     values = defaults.ConfigValues(config, family.model_type, family.keys)
-    kinds = block_types(config) if family.mlp_block else ("layer",) * values["num_hidden_layers"]
+    kinds = tuple(family.kinds(values))
     model = DenseModel(family, values.effective(), kinds, family.windows(values, len(kinds)))
     family.width(model.values)  # raises if MLPs have several sizes
     return model

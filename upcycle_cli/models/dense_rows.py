@@ -8,6 +8,7 @@ from typing import Any
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models.defaults import ConfigValues
 from upcycle_cli.models.dense import FULL, SLIDING, DenseFamily, Pieces, Windows, rope_layers
+from upcycle_cli.models.layers import block_types
 from upcycle_cli.models.mlp import Weight, gated_linear, linear_layers, swiglu
 from upcycle_cli.recipe.recipe import SHIPPED
 
@@ -26,12 +27,23 @@ def _lfm2_width(values: Mapping[str, Any]) -> int:
 
 def _gemma4_width(values: Mapping[str, Any]) -> int:
     """Return I if all layers have the same."""
-    if values["use_double_wide_mlp"] and values["num_kv_shared_layers"]:
+    if values.get("use_double_wide_mlp") and values["num_kv_shared_layers"]:
         raise UpcycleError(
             "config.json: use_double_wide_mlp makes some MLPs twice as wide, but all experts need "
             "one size."
         )
     return int(values["intermediate_size"])
+
+
+def _sparse_layers(values: ConfigValues) -> Sequence[str]:
+    """Return the kinds of Gemma 3n's layers: sparse MLPs drop gates by the mean of all gates."""
+    count, shares = values["num_hidden_layers"], values["activation_sparsity_pattern"]
+    if shares is None:
+        shares = [0.95 if layer < 10 < count else 0.0 for layer in range(count)]
+    if not isinstance(shares, list) or [type(share) for share in shares] != [float] * count:
+        words = f"activation_sparsity_pattern must hold a share for each of {count} layers"
+        raise UpcycleError(f"config.json: {words}, not {shown(shares)}.")
+    return ["sparse" if share else "layer" for share in shares]
 
 
 def _alike(values: ConfigValues, count: int) -> Windows:
@@ -169,6 +181,12 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("gemma", norm_offset=1.0),
     DenseFamily("gemma2", **_GEMMA),
     DenseFamily("gemma3_text", **_GEMMA),
+    DenseFamily(
+        "gemma3n_text",
+        **_GEMMA4,
+        kinds=_sparse_layers,
+        width_by_layer=True,
+    ),
     DenseFamily("gemma4_text", **_GEMMA4, targets=("gemma4_text",)),
     DenseFamily("gemma4_unified_text", **_GEMMA4),
     DenseFamily(
@@ -275,7 +293,8 @@ _ROWS: Sequence[DenseFamily] = (
         layer="backbone.layers.{layer}.",
         embedding="backbone.embeddings.weight",
         activation="mlp_hidden_act",
-        mlp_block="mlp",
+        kinds=lambda values: block_types(values.config),
+        mlp_layer="mlp",
         targets=("nemotron_h",),
         has_obsolete_code=True,
     ),
