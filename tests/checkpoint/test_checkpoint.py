@@ -22,6 +22,9 @@ from shapes import TORCH, same_bits, tiny_config, write_model
 from upcycle_cli import UpcycleError, open_checkpoint
 from upcycle_cli.checkpoint.checkpoint import raw_bytes
 from upcycle_cli.checkpoint.header import ITEM_BYTES
+from upcycle_cli.checkpoint.storage import COMPANIONS as PATTERNS
+from upcycle_cli.core.safe_files import matches
+from upcycle_cli.models.dense_rows import DENSE
 
 WEIGHTS = "model.safetensors"
 CONFIG = tiny_config("llama")
@@ -185,6 +188,7 @@ COMPANIONS = (
     *("additional_chat_templates/tool_use.jinja", "chat_template.jinja", "chat_template.json"),
     *("generation_config.json", "qwen.tiktoken", "special_tokens_map.json", "tokenizer.json"),
     *("tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    *("License.txt", "Notice", "license", "emoji.json", "tekken.json", "tiktoken.model"),
 )
 OTHERS = (
     *("README.md", "config.json", "modeling_llama.py", "pytorch_model.bin", ".gitattributes"),
@@ -205,6 +209,15 @@ def test_find_companions(dense: Path) -> None:
         status = (dense / file.name).stat()
         assert (file.size, file.mtime_ns) == (status.st_size, status.st_mtime_ns)
         assert file.digest is None
+
+
+def test_every_file_of_a_tokenizer_is_a_companion() -> None:
+    import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES as NAMES
+
+    classes = [getattr(transformers, NAMES[kind] or "") for kind in {*DENSE} & {*NAMES}]
+    read = {name for each in classes for name in each.vocab_files_names.values()}
+    assert {name for name in read if not matches(name, PATTERNS)} == set()
 
 
 @pytest.mark.parametrize(

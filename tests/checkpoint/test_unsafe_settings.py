@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeDense, clone, read_json, snapshot
+from conftest import MakeDense, clone, contents, read_json, snapshot
 
 from upcycle_cli import Recipe, UpcycleError, convert, inspect
 from upcycle_cli.plan.facts import warnings
@@ -122,55 +122,91 @@ def test_ignore_code_of_a_type_that_transformers_has(make_dense: MakeDense, tmp_
 # Links and sizes ---------------------------------------------------------------------------------
 
 
+OTHER = {"auths": {"docker.io": {"auth": "hf_secret"}}, "type": "user", "access_token": "hf_secret"}
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *(("LICENSE", kind) for kind in ("secret", "process", "pipe", "device", "gone", "circle")),
-        *((name, "secret") for name in ("config.json", "model.safetensors", "tokenizer.json")),
-        ("tokenizer_config.json", "pipe"),
-        ("additional_chat_templates/rag.jinja", "process"),
+        *(("LICENSE", kind) for kind in ("pipe", "device", "gone", "circle")),
+        *(("config.json", kind) for kind in ("secret", "json", "process", "folder", "device")),
+        *(("tokenizer.json", kind) for kind in ("secret", "json", "process", "circle")),
+        *(("model.safetensors", kind) for kind in ("secret", "json", "device", "gone")),
+        *((name, "json") for name in ("generation_config.json", "vocab.json", "tekken.json")),
+        *((name, "secret") for name in ("merges.txt", "tokenizer.model", "a.tiktoken")),
+        *((name, "pipe") for name in ("tokenizer_config.json", "chat_template.jinja")),
     ],
 )
-def test_refuse_what_is_not_a_file_of_the_source(
-    llama: Path, tmp_path: Path, name: str, kind: str
-) -> None:
+def test_refuse_links_to_other_things(llama: Path, tmp_path: Path, name: str, kind: str) -> None:
     dense = clone(llama, tmp_path / "dense")
     path = dense / name
-    add(dense, name)
-    path.unlink()
-    (tmp_path / "secret").write_text("HF_TOKEN=hf_secret")
-    targets = {
-        "secret": tmp_path / "secret",
-        "process": Path("/proc/self/environ"),
-        "device": Path("/dev/zero"),
-        "gone": tmp_path / "gone",
-        "circle": path,
-    }
-    if kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to(targets[kind])
-    with pytest.raises(UpcycleError, match=name):
+    path.unlink(missing_ok=True)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "secret").write_text("HF_TOKEN=hf_secret\n" * 200)
+    (tmp_path / "json").write_text(json.dumps(OTHER))
+    os.mkfifo(tmp_path / "pipe")
+    others = {"process": Path("/proc/self/environ"), "device": Path("/dev/zero"), "circle": path}
+    path.symlink_to(others.get(kind, tmp_path / kind))
+    before = snapshot(tmp_path)
+    with pytest.raises(UpcycleError, match=name) as caught:
         convert(dense, tmp_path / "moe", RECIPE)
-    assert {entry.name for entry in tmp_path.iterdir()} == {"dense", "secret"}
+    assert "hf_secret" not in str(caught.value)
+    assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("folder", ["blobs", "models--org--tiny/blobs", "elsewhere"])
-def test_follow_links_into_the_hub_cache_only(llama: Path, tmp_path: Path, folder: str) -> None:
+TEXTS = ("LICENSE", "Notice.txt", "chat_template.jinja", "additional_chat_templates/rag.jinja")
+
+
+def linked_to(directory: Path, store: Path) -> Path:
+    """Return a directory with a link to each of the other's files, which are in a store now."""
+    for file in [file for file in directory.rglob("*") if file.is_file()]:
+        place = store / file.relative_to(directory)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(place)
+        file.symlink_to(place)
+    return directory
+
+
+def test_follow_links_to_what_is_parsed(llama: Path, tmp_path: Path) -> None:
+    """A directory of links converts like one of files; only free texts stay behind."""
+    plain = clone(llama, tmp_path / "plain" / "dense")
+    vocabulary = "".join(f"QUJD {number}\n" for number in range(100))
+    for name, text in {
+        **dict.fromkeys(TEXTS, "free"),
+        "merges.txt": "#version: 0.2\na b\n",
+        "tokenizer.model": "\n\x0e\n\x05<unk>\x15\0\0\0\0",
+        "tiktoken.model": vocabulary,
+        "vocab.json": '{"a": 0, "b": 1}',
+        "added_tokens.json": "{}",
+        "tekken.json": '{"config": {}, "vocab": []}',
+        "preprocessor_config.json": '{"image_processor_type": "x"}',
+    }.items():
+        add(plain, name, text)
+    links = linked_to(clone(plain, tmp_path / "linked" / "dense"), tmp_path / "store")
+    for source in (plain, links):
+        made = convert(source, source.with_name("moe"), RECIPE, verify=True)
+        assert made.report is not None
+        assert made.report.passed
+        notes = [text for text in made.warnings if "not copied" in text]
+        assert bool(notes) == (source is links)
+        assert all(name in text for name in TEXTS for text in notes)
+    all_files, parsed = (contents(source.with_name("moe")) for source in (plain, links))
+    assert all_files.keys() - parsed.keys() == {*TEXTS}
+    for name in ("upcycle.json", "README.md"):  # they list the files
+        del parsed[name]
+    assert parsed.items() <= all_files.items()
+    assert not any(file.is_symlink() for file in links.with_name("moe").rglob("*"))
+
+
+@pytest.mark.parametrize("folder", ["blobs", "models--org--tiny/blobs", "elsewhere", "blobs/org"])
+def test_follow_links_into_the_hub_cache(llama: Path, tmp_path: Path, folder: str) -> None:
     """A snapshot has links to its repo's blobs, and those may be links to shared ones."""
     snapshot_path = tmp_path / "models--org--tiny" / "snapshots" / "0"
-    store = tmp_path / folder
-    snapshot_path.mkdir(parents=True)
-    store.mkdir()
-    for file in llama.iterdir():
-        (store / file.name).write_bytes(file.read_bytes())
-        (snapshot_path / file.name).symlink_to(store / file.name)
-    if folder == "elsewhere":
-        with pytest.raises(UpcycleError, match="not followed"):
-            convert(snapshot_path, tmp_path / "moe", RECIPE)
-    else:
-        assert convert(snapshot_path, tmp_path / "moe", RECIPE).published
-        assert not (tmp_path / "moe" / "LICENSE").is_symlink()
+    add(clone(llama, snapshot_path), "LICENSE")
+    linked_to(snapshot_path, tmp_path / folder)
+    assert convert(snapshot_path, tmp_path / "moe", RECIPE).published
+    assert (tmp_path / "moe" / "LICENSE").exists() == (folder != "elsewhere")
+    assert not (tmp_path / "moe" / "LICENSE").is_symlink()
 
 
 @pytest.mark.parametrize(

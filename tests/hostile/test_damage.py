@@ -167,7 +167,6 @@ WEIGHTS: tuple[Row, ...] = (
     ("another shape", put(ROUTER, lambda t: t[ROUTER][:-1]), f"{ROUTER} has shape [3, 32] instead"),
     ("integers", put(EXPERT, lambda t: t[EXPERT].to(torch.int8)), f"{EXPERT} is I8 instead of"),
     ("dtype of the record", record("dtype", "float32"), "is BF16 instead of F32"),
-    ("behind a link", linked("model.safetensors"), "is not followed"),
 )
 
 # Settings and files -------------------------------------------------------------------------------
@@ -266,7 +265,7 @@ FILES: tuple[Row, ...] = (
     ("template", written("chat_template.jinja", "{{ x }}"), "chat_template.jinja is not"),
     ("temperature", changed(GENERATION, temperature=9.0), "temperature is 9.0"),
     ("byte order mark", written(GENERATION, b"\xef\xbb\xbf{}"), "not valid JSON"),
-    ("link", linked(GENERATION), "is not followed"),
+    ("link", linked("chat_template.jinja"), "is not followed"),
     ("pipe", pipe, GENERATION),
     ("wrong sums", written("SHA256SUMS", f"{'0' * 64}  config.json\n"), "SHA256SUMS describes"),
     ("sums elsewhere", written("SHA256SUMS", f"{'0' * 64}  ../x\n"), "SHA256SUMS"),
@@ -299,6 +298,15 @@ def test_files_that_nothing_reads_are_accepted(dense: Path, moe: Path) -> None:
     for name in ("notes.txt", "plots/loss.png", ".gitattributes", "NOTICE", "README.md"):
         written(name, "mine")(moe)
     report = verify(dense, moe, checks=["directory"])
+    assert report.accepted, text_of(report)
+
+
+def test_links_to_what_is_parsed_are_followed(dense: Path, moe: Path) -> None:
+    for name in ("config.json", "upcycle.json", "model.safetensors", TOKENS):
+        (moe.parent / "store").mkdir(exist_ok=True)
+        (moe / name).rename(moe.parent / "store" / name)
+        (moe / name).symlink_to(moe.parent / "store" / name)
+    report = verify(dense, moe, checks=["directory", "weights"])
     assert report.accepted, text_of(report)
 
 

@@ -27,6 +27,7 @@ from upcycle_cli.checkpoint.storage import (
     WEIGHTS_NAME,
     FileStamp,
     Storage,
+    file_changed,
     find_adapter,
     json_object,
     read_json,
@@ -157,7 +158,7 @@ class Checkpoint(Compact):
     def check_files(self, files: Iterable[FileStamp]) -> None:
         """Raise UpcycleError when one of these files changed since the checkpoint was opened."""
         for file in files:
-            if not file.fits(safe_files.locate(self.path, file.name).stat()):
+            if not file.fits(self.storage.locate(file.name).stat()):
                 raise file_changed(self.path / file.name)
 
     def reader(self) -> AbstractContextManager[Reader]:
@@ -260,7 +261,7 @@ class Reader:
         path = checkpoint.path / shard
         if path not in self._maps:
             stamp = next(file for file in checkpoint.shards if file.name == shard)
-            with safe_files.open_regular(safe_files.locate(checkpoint.path, shard)) as file:
+            with safe_files.open_regular(checkpoint.storage.locate(shard)) as file:
                 if not stamp.fits(os.fstat(file.fileno())):
                     raise file_changed(path)
                 # A private mapping: torch needs a writable buffer, and the file must not change.
@@ -313,10 +314,8 @@ def open_storage(storage: Storage) -> Checkpoint:
         shards.append(shard)
         for entry in entries:
             if entry.name in tensors:
-                raise UpcycleError(
-                    f"{path}: tensor {entry.name} is in both {tensors[entry.name].shard} "
-                    f"and {shard_name}."
-                )
+                both = f"{tensors[entry.name].shard} and {shard_name}"
+                raise UpcycleError(f"{path}: tensor {entry.name} is in both {both}.")
             tensors[entry.name] = entry
     stored = {name: entry.shard for name, entry in tensors.items()}
     for name in (*weight_map, *stored) if weight_map else ():
@@ -326,14 +325,6 @@ def open_storage(storage: Storage) -> Checkpoint:
             raise UpcycleError(f"{path / INDEX_NAME} {words}.", "Download or copy it again.")
     digest = hashlib.sha256(raw_config).hexdigest()
     return Checkpoint(storage, config, digest, tensors, tuple(shards), storage.companions())
-
-
-def file_changed(path: Path) -> UpcycleError:
-    """Return the error for a file that changed since it was opened."""
-    return UpcycleError(
-        f"{path} changed while it was being read.",
-        "Run the command again once nothing writes to it.",
-    )
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -364,8 +355,6 @@ def _weight_map(storage: Storage) -> dict[str, str]:
         raise UpcycleError(f"{index_path} has no weight_map.")
     for name, shard in weight_map.items():
         if not safe_files.is_inner_name(shard):
-            raise UpcycleError(
-                f"{index_path} lists {name} in {shown(shard)}, which is not a file of this "
-                "directory."
-            )
+            words = f"{index_path} lists {name} in {shown(shard)}"
+            raise UpcycleError(f"{words}, which is not a file of this directory.")
     return weight_map

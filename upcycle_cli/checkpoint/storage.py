@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,24 +29,23 @@ GENERATION_NAME = "generation_config.json"
 ADAPTER_NAME = "adapter_config.json"
 """The config file of a peft adapter."""
 
+LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
+FREE_TEXTS = (*LICENCES, "chat_template*", "additional_chat_templates/*.jinja", "vocab.txt")
+"""Companions that could be anything, so that a link must not lead them out of the directory."""
 COMPANIONS = (
-    GENERATION_NAME,
-    "tokenizer*.json",
-    "tokenizer.model*",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "*preprocessor_config.json",  # for images and videos
-    "processor_config.json",
-    "additional_chat_templates/*.jinja",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *(GENERATION_NAME, "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model"),
+    "tekken.json",  # mistral-common's, which vLLM prefers for Mistral's models
+    *("vocab.json", "merges.txt", "emoji.json", "added_tokens.json", "special_tokens_map.json"),
+    *("*preprocessor_config.json", "processor_config.json"),  # for images and videos
+    *FREE_TEXTS,
 )
+_KEYS = re.compile(
+    "(bos|eos|pad|unk)_token(_id)?|added_tokens|do_sample|emoji|model_max_length|vocab"
+    "|(processor|tokenizer)_class|(feature_extractor|image_processor|video_processor)_type"
+)
+"""Each JSON companion has one of these keys, or all its values are numbers."""
+_STARTS = re.compile(rb"#version|\n..?\n..?[<\[]|([A-Za-z0-9+/]+=* \d+\r?\n){100}", re.DOTALL)
+"""How merges, a SentencePiece model (its first token is <unk> or the like) and tiktoken begin."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 """Suffixes of files that engines load as weights, whatever their names."""
 
@@ -104,22 +104,27 @@ class Storage:
 
     def stamp(self, name: str) -> FileStamp:
         """Return a file's size and times."""
-        status = safe_files.locate(self.path, name).stat()
+        status = self.locate(name).stat()
         return FileStamp(name, status.st_size, status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
 
     def read(self, shard: str, begin: int, end: int) -> bytes:
         """Return some of the first bytes of a weight file, fewer when the file is shorter."""
         try:
-            with safe_files.open_regular(safe_files.locate(self.path, shard)) as file:
+            with safe_files.open_regular(self.locate(shard)) as file:
                 file.seek(begin)
                 return file.read(end - begin)
         except OSError as error:
             raise UpcycleError(f"cannot read {self.path / shard}: {error.strerror}.") from error
 
     def local(self, name: str) -> Path:
-        """Return the path of a small file; UpcycleError when it is a link out of the directory."""
-        safe_files.locate(self.path, name)
+        """Return the path of a small file, which `locate` has accepted."""
+        self.locate(name)
         return self.path / name
+
+    def locate(self, name: str) -> Path:
+        """Return where a file really is; a link may lead anywhere, except that of a free text."""
+        anywhere = not safe_files.matches(name, FREE_TEXTS)
+        return safe_files.locate(self.path, name, anywhere=anywhere)
 
     def download(self, names: Sequence[str]) -> None:
         """Make sure that these files are on this machine."""
@@ -130,16 +135,44 @@ class Storage:
 
     def companions(self) -> tuple[FileStamp, ...]:
         """Return the tokenizer, licence and other companion files."""
-        names = [name for name in self.matching(COMPANIONS) if not is_weight_file(name)]
-        companions, most = tuple(map(self.stamp, names)), safe_files.MOST_COMPANION_BYTES
+        wanted = {*self.matching(COMPANIONS)} - {*self.left_out()}
+        companions = tuple(self.stamp(name) for name in sorted(wanted) if not is_weight_file(name))
         for file in companions:
-            if file.size > most:
-                raise UpcycleError(
-                    f"{self.path / file.name} has {file.size:,} bytes; at most {most:,} are "
-                    "allowed.",
-                    "Remove it, or replace it by the right file.",
-                )
+            if file.size > (most := safe_files.MOST_COMPANION_BYTES):
+                words = f"{self.path / file.name} has {file.size:,} bytes; {most:,} are allowed."
+                raise UpcycleError(words, "Remove it, or replace it by the right file.")
+            if self.is_local and not self._owns(file.name):
+                self.companion(file)
         return companions
+
+    def left_out(self) -> list[str]:
+        """Return the free texts that are links to another place, which are not copied."""
+        return [n for n in self.matching(FREE_TEXTS) if self.is_local and not self._owns(n)]
+
+    def companion(self, file: FileStamp) -> bytes:
+        """Return the bytes of a companion; behind a link to another place it must look like one."""
+        data, path = self.read(file.name, 0, file.size + 1), self.path / file.name
+        if len(data) != file.size or self.stamp(file.name) != file:
+            raise file_changed(path)
+        if self._owns(file.name) or _STARTS.match(data):
+            return data
+        held = json_object(data, str(path))
+        if any(map(_KEYS.fullmatch, held)) or all(type(each) is int for each in held.values()):
+            return data
+        words = f"{path} is a link to another place, and the file there is something else."
+        raise UpcycleError(words, "Put the file itself there, if it belongs there.")
+
+    def _owns(self, name: str) -> bool:
+        real = safe_files.locate(self.path, name, anywhere=True)
+        return safe_files.is_inside(self.path, real)
+
+
+def file_changed(path: Path) -> UpcycleError:
+    """Return the error for a file that changed since it was opened."""
+    return UpcycleError(
+        f"{path} changed while it was being read.",
+        "Run the command again once nothing writes to it.",
+    )
 
 
 def is_weight_file(name: str) -> bool:

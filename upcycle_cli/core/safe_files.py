@@ -36,31 +36,34 @@ def is_in(path: Path, directory: Path) -> bool:
     return path.is_relative_to(directory)
 
 
-def locate(directory: Path, name: str) -> Path:
+def locate(directory: Path, name: str, *, anywhere: bool = False) -> Path:
     """Return where a regular file of a directory really is.
 
-    A link is followed inside the directory and, from a snapshot in the Hub's cache, into its blobs.
-    Raises UpcycleError.
+    A link is followed where `is_inside` allows, or `anywhere`. Raises UpcycleError.
     """
     path = directory / name
     try:
-        root, real = directory.resolve(), path.resolve(strict=True)
+        real = path.resolve(strict=True)
         status = real.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = getattr(error, "strerror", None) or "links in a circle"
         words = f"{path} is missing or unreadable: {reason}."
         raise UpcycleError(words, "Download or copy it again.") from error
+    if not (anywhere or is_inside(directory, real)):
+        words = f"{path} is a link to {real}, which is not in {directory}; it is not followed."
+        raise UpcycleError(words, "Put the file itself there, if it belongs there.")
+    check_regular(path, status)
+    return real
+
+
+def is_inside(directory: Path, real: Path) -> bool:
+    """Whether a path without links is in a directory or, of a Hub snapshot, in the blobs."""
+    root = directory.resolve()
     places, repo = [root], root.parent.parent  # of models--ORG--NAME/snapshots/COMMIT
     if root.parent.name == "snapshots" and repo.name.startswith("models--"):
         # A repo's blobs can be links to blobs that all repos of the cache share.
         places += [repo / "blobs", repo.parent / "blobs"]
-    if not any(map(real.is_relative_to, places)):
-        raise UpcycleError(
-            f"{path} is a link to {real}, which is not in {directory}; it is not followed.",
-            "Put the file itself there, if it belongs there.",
-        )
-    check_regular(path, status)
-    return real
+    return any(map(real.is_relative_to, places))
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -78,7 +81,7 @@ def read_small(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
     """Return the contents of a regular file of at most `most` bytes; raises UpcycleError."""
     try:
         with open_regular(path) as file:
-            data = file.read(most + 1)
+            data = file.read(most + 1) or b""  # None from a file of /proc that would wait
     except OSError as error:
         raise UpcycleError(f"cannot read {path}: {error.strerror}.") from error
     if len(data) > most:

@@ -21,8 +21,9 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import CONFIG_NAME, GENERATION_NAME, read_json
+from upcycle_cli.checkpoint.storage import CONFIG_NAME, GENERATION_NAME, LICENCES, read_json
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
+from upcycle_cli.core.safe_files import matches
 from upcycle_cli.models.lookup import family_of
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map, modeling_code
 from upcycle_cli.models.wrappers import wrapper_of
@@ -182,9 +183,8 @@ def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
 
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of the files that hold a checkpoint's tokenizer, if any."""
-    others = (GENERATION_NAME, "LICEN", "NOTICE", "USE_POLICY")
-    names = (file.name for file in checkpoint.companions)
-    return tuple(name for name in names if not name.startswith(others))
+    others, files = (GENERATION_NAME, *LICENCES), checkpoint.companions
+    return tuple(file.name for file in files if not matches(file.name, others))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from upcycle_cli.checkpoint.storage import (
     CONFIG_NAME,
     GENERATION_NAME,
     INDEX_NAME,
+    LICENCES,
     RECORD_NAME,
     REPORT_NAME,
     WEIGHTS_NAME,
@@ -54,7 +55,6 @@ _LEFT_OUT = ("dtype", "tie_word_embeddings")
 """Keys that some versions of transformers rename, or leave out if they are defaults."""
 _OWN = (CONFIG_NAME, RECORD_NAME, CARD_NAME, REPORT_NAME, CHECKSUMS_NAME)
 _GIT = (".gitattributes", ".gitignore")
-_LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 _PROCESSORS = ("*processor_config.json", "chat_template.json")
 """Files of a processor, which tokenizers neither read nor save."""
 _INERT = ("", ".md", ".txt", ".log", ".csv", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg")
@@ -230,7 +230,7 @@ def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
 def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
     """Compare the code, and the files that are copied from the dense model."""
     names = {file.name for model in (plan.source, moe) for file in model.companions}
-    licences = {name for name in names if matches(name, _LICENCES)}
+    licences = {name for name in names if matches(name, LICENCES)}
     generation = names & {GENERATION_NAME}
     processors = {name for name in names if matches(name, _PROCESSORS)}
     yield from _differing(plan, moe, processors)

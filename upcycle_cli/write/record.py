@@ -105,8 +105,7 @@ def write_metadata(plan: Plan, staging: Staging, written: Written) -> None:
     if plan.code is not None:
         staging.write(CODE_NAME, plan.code.encode())
     for file in plan.source.companions:
-        path = safe_files.locate(plan.source.path, file.name)
-        staging.write(file.name, safe_files.read_small(path, safe_files.MOST_COMPANION_BYTES))
+        staging.write(file.name, plan.source.storage.companion(file))
     staging.write(RECORD_NAME, json_bytes(record(plan, written, staging)))
 
 
