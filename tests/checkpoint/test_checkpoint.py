@@ -188,7 +188,8 @@ COMPANIONS = (
     *("additional_chat_templates/tool_use.jinja", "chat_template.jinja", "chat_template.json"),
     *("generation_config.json", "qwen.tiktoken", "special_tokens_map.json", "tokenizer.json"),
     *("tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt"),
-    *("License.txt", "Notice", "license", "emoji.json", "tekken.json", "tiktoken.model"),
+    *("License.txt", "MODEL_LICENSE", "Notice", "license", "emoji.json", "tekken.json"),
+    *("tiktoken.model", "SYSTEM_PROMPT.txt"),
 )
 OTHERS = (
     *("README.md", "config.json", "modeling_llama.py", "pytorch_model.bin", ".gitattributes"),

@@ -29,8 +29,11 @@ GENERATION_NAME = "generation_config.json"
 ADAPTER_NAME = "adapter_config.json"
 """The config file of a peft adapter."""
 
-LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
-FREE_TEXTS = (*LICENCES, "chat_template*", "additional_chat_templates/*.jinja", "vocab.txt")
+LICENCES = ("*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
+FREE_TEXTS = (
+    *(*LICENCES, "chat_template*", "additional_chat_templates/*.jinja", "vocab.txt"),
+    "*SYSTEM_PROMPT.txt",  # of Mistral's models
+)
 """Companions that could be anything, so that a link must not lead them out of the directory."""
 COMPANIONS = (
     *(GENERATION_NAME, "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model"),

@@ -41,7 +41,7 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
     paths = report.paths or (Path(models[0]), Path(models[-1]))
     record, facts = dict[str, Any](), dict[str, str]()
     with suppress(UpcycleError):
-        record = read_json(locate(paths[1], RECORD_NAME))
+        record = read_json(locate(paths[1], RECORD_NAME, anywhere=True))
     with suppress(UpcycleError, OSError):
         facts = _facts(inspect(paths[1]))
     layers = [layer for check in report.checks for layer in check.layers]
