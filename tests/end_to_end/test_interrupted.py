@@ -208,7 +208,21 @@ def replace_companion(dense: Path) -> None:
     (dense / "LICENSE").symlink_to("/etc/hostname")
 
 
+def redirect(name: str) -> Callable[[Path], None]:
+    """Make a file a link to an equal one, of the same time."""
+
+    def change(dense: Path) -> None:
+        other = dense / "other"
+        shutil.copy2(dense / name, other)
+        (dense / name).unlink()
+        (dense / name).symlink_to(other)
+
+    return change
+
+
 CHANGES: dict[str, Callable[[Path], None]] = {
+    "redirected weights": redirect("model.safetensors"),
+    "redirected tokenizer": redirect("tokenizer.json"),
     "replaced weights": replace_weights,
     "changed weights": lambda dense: spoil(dense / "model.safetensors"),
     "touched weights": lambda dense: os.utime(dense / "model.safetensors", ns=(0, 0)),
