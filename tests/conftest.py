@@ -179,6 +179,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "recurrent_gemma": {**TINY, "num_hidden_layers": 3, "lru_width": 32},
     "youtu": _LATENT,
 }
 """Of types that are tried once, those that need other sizes than the usual."""

@@ -63,6 +63,7 @@ YARN = {
 }
 KINDS: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("arcee", SHIPPED, {"mlp_bias": True}),
+    ("bloom", SHIPPED, {"apply_residual_connection_post_layernorm": True}),
     ("cohere", SHIPPED, {"use_qk_norm": True, "logit_scale": 0.5}),
     ("doge", SHIPPED, {"keep_window_size": 8}),
     ("doge", SHIPPED, {"sliding_window": 8}),
@@ -101,6 +102,8 @@ KINDS: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("mistral", "qwen2_moe", {"sliding_window": 8}),
     ("modernbert-decoder", SHIPPED, {"mlp_bias": True, "attention_bias": True, "norm_bias": True}),
     ("olmo", SHIPPED, {"clip_qkv": 0.5}),
+    ("opt", SHIPPED, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ("opt", SHIPPED, {"enable_bias": False}),
     ("phi", SHIPPED, {"qk_layernorm": True, "partial_rotary_factor": 0.5}),
     ("phi3", SHIPPED, {"partial_rotary_factor": 0.5}),
     ("phi3", SHIPPED, {"sliding_window": 8}),

@@ -21,8 +21,8 @@ from upcycle_cli.models.shipped import CODE_NAME, auto_map
 from upcycle_cli.recipe.recipe import SHIPPED, Routing
 
 # They differ in the form of their MLP, and by norms behind it (olmo2), LayerNorm1P (nemotron) and
-# biases (starcoder2).
-FAMILIES = ("nemotron", "olmo2", "starcoder2")
+# biases (starcoder2). opt's layers hold the MLP themselves; that of bloom adds the residual.
+FAMILIES = ("nemotron", "olmo2", "starcoder2", "opt", "bloom")
 IDS = torch.arange(3, 51).view(2, 24) * 5 % 97
 Small = Callable[..., tuple[Any, Path]]
 
@@ -45,7 +45,10 @@ def small(make_dense: MakeDense, tmp_path: Path) -> Small:
     return make
 
 
-OTHER: dict[str, dict[str, Any]] = {"starcoder2": {"use_bias": True, "residual_dropout": 0.0}}
+OTHER: dict[str, dict[str, Any]] = {
+    "opt": {"dropout": 0.0},
+    "starcoder2": {"use_bias": True, "residual_dropout": 0.0},
+}
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -56,6 +59,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> An
     return AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=code, dtype=dtype, **options
     ).eval()
+
+
+def mixtures(model: Any) -> list[tuple[str, Any]]:
+    return [pair for pair in model.named_modules() if type(pair[1]).__name__ == "UpcycledMoe"]
 
 
 @torch.no_grad()
@@ -96,18 +103,20 @@ def test_saving_and_loading_change_nothing(
     assert (tmp_path / "again" / CODE_NAME).read_text() == (folder / CODE_NAME).read_text()
     shutil.rmtree(folder)
     again = load(tmp_path / "again", torch.float32)
-    assert torch.equal(logits(again), logits(moe))
+    # The same weights lie elsewhere in memory, and BLAS may sum in another order.
+    assert difference(logits(again), logits(moe)) < 1e-5
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     for key in (*keys, "routing", "num_experts", "moe_layers", "routed_scaling_factor"):
         assert getattr(again.config, key) == getattr(moe.config, key) == written[key]
     assert written["auto_map"] == auto_map(wrapped=False)
-    assert [type(layer.mlp).__name__ == "UpcycledMoe" for layer in moe.model.layers] == [0, 1]
+    [(name, _)] = mixtures(moe)
+    assert ".1." in name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_implementation_computes_the_same(small: Small, tmp_path: Path, family: str) -> None:
     moe = small(family)[0].float()
-    expected, mlp = logits(moe), moe.model.layers[0].mlp
+    expected, (_, mlp) = logits(moe), mixtures(moe)[0]
     for implementation in ("batched_mm", "grouped_mm", "eager"):
         moe.set_experts_implementation(implementation)
         found = getattr(mlp, mlp.experts_name).config._experts_implementation

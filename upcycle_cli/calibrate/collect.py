@@ -160,7 +160,7 @@ def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterat
         # Magnitudes of activations (P, I).
         activity.append(inputs[0].flatten(0, -2)[tokens.positions].abs())
 
-    modules = [model.layer(layer).get_submodule(model.mlp) for layer in layers]
+    modules = [model.mlp_of(layer) for layer in layers]
     with started(model.net, tokens.ids, modules) as run:
         for layer in range(dense.num_layers):
             if layer not in layers:

@@ -59,7 +59,8 @@ class DenseFamily:
     embedding: str = "model.embed_tokens.weight"
     head: str = HEAD
     activation: str | None = "hidden_act"
-    """The config key of the MLP's activation; None if it is always SiLU."""
+    """The config key of the MLP's activation; None if it is always SiLU, or
+    always the same without a gate."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Common config keys (hidden_size, …) with the names that this type uses instead."""
     old_keys: Mapping[str, str] = field(default_factory=dict)

@@ -70,6 +70,12 @@ def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigVal
     return windows
 
 
+def _own_keys(*own: str) -> dict[str, str]:
+    """Return a type's keys of H, of I (where null means 4·H), of heads and of layers."""
+    common = "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"
+    return dict(zip(common, own, strict=True))
+
+
 _ALL_SLIDE = _sliding(lambda *_: True)
 _ALL_BUT_EACH_FOURTH = _sliding(lambda _, layer: layer % 4 != 0)
 _LAST_SLIDE = _sliding(lambda values, layer: layer >= values["max_window_layers"])
@@ -102,23 +108,18 @@ _GATE_UP = gated_linear("mlp.gate_up_proj", "mlp.down_proj")
 _H_TO_4H = linear_layers("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _C_FC = linear_layers("", "mlp.c_fc", "mlp.c_proj")
 _FC1_FC2 = linear_layers("", "mlp.fc1", "mlp.fc2")
+_HELD_BY_LAYER: Any = {
+    "mlp": linear_layers("", "fc1", "fc2"),
+    "norm": "final_layer_norm.weight",
+    "activation": "activation_function",
+}
 _FC_IN_OUT = linear_layers("", "mlp.fc_in", "mlp.fc_out")
 _W123 = linear_layers("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 _GPT: Any = {
     "layer": "transformer.h.{layer}.",
     "embedding": "transformer.wte.weight",
     "activation": "activation_function",
-    "keys": {
-        "hidden_size": "n_embd",
-        "intermediate_size": "n_inner",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    },
-}
-_GPT_NEO_KEYS = {
-    "intermediate_size": "intermediate_size",  # listed since null means 4·H here too
-    "num_attention_heads": "num_heads",
-    "num_hidden_layers": "num_layers",
+    "keys": _own_keys("n_embd", "n_inner", "n_head", "n_layer"),
 }
 _LFM: Any = {"mlp": _W123, "norm": "ffn_norm.weight", "layers_differ": True, "activation": None}
 _FEEDFORWARD_NORM: Any = {"mlp": _UP_DOWN, "norm": "feedforward_layernorm.weight"}
@@ -157,6 +158,22 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("arcee", mlp=_UP_DOWN),
     DenseFamily(
         "bamba", mlp=swiglu("feed_forward"), norm="pre_ff_layernorm.weight", layers_differ=True
+    ),
+    DenseFamily(
+        "biogpt",
+        **_HELD_BY_LAYER | {"activation": "hidden_act"},
+        layer="biogpt.layers.{layer}.",
+        embedding="biogpt.embed_tokens.weight",
+        head="output_projection.weight",
+    ),
+    DenseFamily(
+        "bloom",
+        mlp=_H_TO_4H,
+        layer=_GPT["layer"],
+        embedding="transformer.word_embeddings.weight",
+        activation=None,
+        keys=_own_keys("hidden_size", "n_inner", "n_head", "n_layer"),
+        old_keys={"n_embed": "hidden_size", "num_attention_heads": "n_head"},
     ),
     DenseFamily("codegen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
     DenseFamily("cohere", norm=_PARALLEL),
@@ -200,7 +217,12 @@ _ROWS: Sequence[DenseFamily] = (
         **_GPT,
     ),
     DenseFamily("gpt_bigcode", mlp=_C_FC, norm="ln_2.weight", **_GPT),
-    DenseFamily("gpt_neo", mlp=_C_FC, norm="ln_2.weight", **_GPT | {"keys": _GPT_NEO_KEYS}),
+    DenseFamily(
+        "gpt_neo",
+        mlp=_C_FC,
+        norm="ln_2.weight",
+        **_GPT | {"keys": _own_keys("hidden_size", "intermediate_size", "num_heads", "num_layers")},
+    ),
     DenseFamily(
         "gpt_neox",
         mlp=_H_TO_4H,
@@ -264,10 +286,33 @@ _ROWS: Sequence[DenseFamily] = (
         activation="hidden_activation",
         layers_differ=True,  # the first one has no norm before attention
     ),
+    DenseFamily(
+        "mpt",
+        mlp=linear_layers("", "ffn.up_proj", "ffn.down_proj"),
+        norm="norm_2.weight",
+        layer="transformer.blocks.{layer}.",
+        embedding="transformer.wte.weight",
+        activation=None,
+        keys=_own_keys("d_model", "n_inner", "n_heads", "n_layers"),
+        has_obsolete_code=True,
+    ),
     DenseFamily("nanochat", mlp=_FC1_FC2, norm=None),
     DenseFamily("olmo", norm=None),
     DenseFamily("olmo2", norm=None, targets=("flex_olmo",)),
     DenseFamily("olmo3", norm=None),
+    DenseFamily(
+        "openai-gpt",
+        mlp=linear_layers("", "mlp.c_fc", "mlp.c_proj", transposed=True),
+        norm="ln_1.weight",
+        **_GPT | {"embedding": "transformer.tokens_embed.weight", "activation": "afn"},
+    ),
+    DenseFamily(
+        "opt",
+        **_HELD_BY_LAYER,
+        layer="model.decoder.layers.{layer}.",
+        embedding="model.decoder.embed_tokens.weight",
+        keys={"intermediate_size": "ffn_dim"},
+    ),
     DenseFamily("persimmon", mlp=_H_TO_4H),
     DenseFamily("phi", mlp=_FC1_FC2, norm=_PARALLEL),
     DenseFamily(
@@ -278,11 +323,25 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("mixtral", SHIPPED, "glm4_moe", "ernie4_5_moe"),
     ),
     DenseFamily("qwen3_5_text", norm_offset=1.0, layers_differ=True, targets=("qwen3_5_moe_text",)),
+    DenseFamily(
+        "recurrent_gemma",
+        mlp=swiglu("mlp_block"),
+        norm="channel_pre_norm.weight",
+        norm_offset=1.0,
+        activation="hidden_activation",
+        width=lambda values: int(values["intermediate_size"]) // 2,
+        layers_differ=True,
+    ),
     DenseFamily("seed_oss", targets=("qwen2_moe", SHIPPED, "glm4_moe")),
     DenseFamily("smollm3", windows=_WITHOUT_ROPE_SLIDE, targets=(SHIPPED, "granitemoe_swa")),
     DenseFamily("stablelm", norm=("post_attention_layernorm.weight", "input_layernorm.weight")),
     DenseFamily("starcoder2", mlp=_C_FC),
     DenseFamily("vaultgemma", **_GEMMA),
+    DenseFamily(
+        "xglm",
+        **_HELD_BY_LAYER,
+        keys=_own_keys("d_model", "ffn_dim", "attention_heads", "num_layers"),
+    ),
     DenseFamily("youtu", targets=("deepseek_v3",)),
     DenseFamily("nemotron", mlp=_UP_DOWN, norm_offset=1.0),
     DenseFamily(

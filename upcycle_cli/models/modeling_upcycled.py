@@ -207,14 +207,18 @@ class UpcycledMoe(nn.Module):
         self.experts_name = "experts" if is_usual else "expert_mlps"
         self.add_module(self.experts_name, experts)
         dropout = next((m for m in dense.children() if isinstance(m, nn.Dropout)), None)
-        self.dropout = dropout or nn.Dropout(getattr(dense, "residual_dropout", 0.0))
+        rate = getattr(dense, "residual_dropout", getattr(dense, "hidden_dropout", 0.0))
+        self.dropout = dropout or nn.Dropout(rate)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return what the chosen experts make of each token, in the shape that came in."""
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what the chosen experts make of each token, plus the residual if it is given."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_TK, chosen_TK = self.gate(x_TH)
         out_TH: torch.Tensor = getattr(self, self.experts_name)(x_TH, chosen_TK, gates_TK)
-        return self.dropout(out_TH.view_as(hidden_states))  # type: ignore[no-any-return]
+        made: torch.Tensor = self.dropout(out_TH.view_as(hidden_states))
+        return made if residual is None else made + residual
 
 
 class _Upcycled:
@@ -248,16 +252,25 @@ class _Upcycled:
         super()._set_gradient_checkpointing(enable, without_reentry, **kwargs)  # type: ignore[misc]
 
 
-def _is_mlp(module: nn.Module) -> bool:
-    return type(module).__name__.lower().endswith("mlp")
+def _mlp_of(layer: Any) -> tuple[str, nn.Module]:
+    """Return the name and the module of a layer's MLP."""
+    if hasattr(layer, "fc1"):
+        # The layer itself runs the MLP: fc1 becomes the experts, and the rest does nothing.
+        dense = nn.Sequential(layer.fc1, layer.activation_fn, layer.fc2)
+        layer.activation_fn = layer.fc2 = nn.Identity()
+        layer.activation_dropout = 0.0  # it is for neurons, not for the output of experts
+        return "fc1", dense
+    children = layer.named_children()
+    [(name, dense)] = [p for p in children if type(p[1]).__name__.lower().endswith("mlp")]
+    return name, dense
 
 
 def _turn_into_experts(model: Any) -> None:
     config, text = model.config.get_text_config(), getattr(model, "language_model", model)
+    text = getattr(text, "decoder", text)
     layers = next(child for child in text.children() if isinstance(child, nn.ModuleList))
     for index in config.moe_layers:
-        children = layers[index].named_children()
-        [(name, dense)] = [pair for pair in children if _is_mlp(pair[1])]
+        name, dense = _mlp_of(layers[index])
         setattr(layers[index], name, UpcycledMoe(config, dense))
 
 

@@ -75,7 +75,8 @@ def _regular(
     hidden, width = dense.hidden_size, dense.intermediate_size
     if dense.family.embedding not in shapes:
         raise UpcycleError(f"{source.path} lacks {dense.family.embedding}.")
-    shapes[dense.family.embedding] = (dense.values["vocab_size"], hidden)
+    narrow = dense.values.get("word_embed_proj_dim")  # before a projection
+    shapes[dense.family.embedding] = (dense.values["vocab_size"], narrow or hidden)
     for layer, kind in enumerate(dense.kinds):
         alike = layer if dense.family.layers_differ else dense.kinds.index(kind)
         prefix, start = dense.prefix(layer), len(dense.prefix(alike))

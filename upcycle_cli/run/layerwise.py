@@ -119,12 +119,16 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[torch.utils.hooks.RemovableH
         if run.extra is None:
             return None
         flat = inputs[0].flatten(0, -2)
-        return (torch.cat([flat, run.extra.to(flat)])[None], *inputs[1:])
+        more = run.extra.to(flat)
+        zeros = (torch.zeros_like(more) for _ in inputs[1:])  # extra inputs have no residual
+        given = zip(inputs, (more, *zeros), strict=True)
+        return tuple(torch.cat([old.flatten(0, -2), new])[None] for old, new in given)
 
-    def leave(_module: Model, _inputs: object, output: Any) -> Any:  # noqa: ANN401
+    def leave(_module: Model, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:  # noqa: ANN401
         made = first_of(output)
         if run.extra is None:
-            run.mlp_output = made
+            # Some MLPs also get the residual, and add it.
+            run.mlp_output = made - inputs[1] if inputs[1:] else made
             return None
         count = made.shape[-2] - len(run.extra)
         run.extra = made[0, count:]
@@ -149,5 +153,5 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[torch.utils.hooks.RemovableH
 
 def first_of(output: Any) -> torch.Tensor:  # noqa: ANN401
     """Return the hidden states of an output, which can have more values."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    found: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return found

@@ -163,6 +163,7 @@ def decoder_layers(model: Model) -> Model:
 
     base = model.base_model
     text = getattr(base, "language_model", getattr(base, "text_model", base))
+    text = getattr(text, "decoder", text)
     return next(child for child in text.children() if isinstance(child, ModuleList))
 
 

@@ -36,6 +36,7 @@ class Ending:
         """Yield the logits (P, at most `size`) of each block of the vocabulary in turn."""
         model, output = self.model, self.output
         head, base = model.get_output_embeddings(), model.base_model
+        base = getattr(base, "decoder", base)  # which the causal LM of opt calls itself
         weight, bias = head.weight, getattr(head, "bias", None)
         ids = torch.zeros(output.last_hidden_state.shape[:2], dtype=torch.long)
         own, slots = base.forward, head._parameters  # noqa: SLF001 - a block is not a Parameter
