@@ -28,7 +28,7 @@ _Form = tuple[Sequence[int], Mapping[str, torch.Tensor]]
 
 def picture_metrics(dense: LazyModel, moe: LazyModel) -> dict[str, Any]:
     """Return KL(dense ‖ MoE) in nats for a picture with text; empty for a text model."""
-    if getattr(dense.net.config, "vision_config", None) is None:
+    if not hasattr(dense.net.base_model, "get_image_features") or _vision(dense.net.config) is None:
         return {}
     with source_errors(dense.checkpoint.path), torch.no_grad():
         inputs = picture_with_text(dense.net)
@@ -50,9 +50,12 @@ def _logits(model: Model, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def picture_with_text(model: Model) -> dict[str, torch.Tensor]:
     """Return the inputs of a model for a random picture between random text tokens."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, base, config = _picture(model, generator), model.base_model, model.config
-    made = base.get_image_features(**inputs, return_dict=True).pooler_output
+    generator, base, config = torch.Generator().manual_seed(0), model.base_model, model.config
+    known = {*signature(type(base).forward).parameters}
+    shape, others = _picture(known, config)
+    inputs = {"pixel_values": torch.randn(shape, generator=generator), **others}
+    seen = base.get_image_features(**inputs, return_dict=True)
+    made = seen.last_hidden_state if seen.pooler_output is None else seen.pooler_output
     pieces = made if isinstance(made, list | tuple) else [made]
     count = sum(piece.numel() // piece.shape[-1] for piece in pieces)
     stated = [value for key, value in config.to_dict().items() if "token" in key]
@@ -61,8 +64,7 @@ def picture_with_text(model: Model) -> dict[str, torch.Tensor]:
     drawn = torch.randint(len(usable), (_BEFORE + _AFTER,), generator=generator).tolist()
     words, picture = [usable[i] for i in drawn], [config.image_token_id] * count
     ids = torch.tensor([[*words[:_BEFORE], *picture, *words[_BEFORE:]]])
-    known = signature(type(base).forward).parameters
-    kinds = {key for key in ("token_type_ids", "mm_token_type_ids") if key in known}
+    kinds = known & {"token_type_ids", "mm_token_type_ids"}
     return {
         "input_ids": ids,
         **inputs,
@@ -70,60 +72,50 @@ def picture_with_text(model: Model) -> dict[str, torch.Tensor]:
     }
 
 
-def _picture(model: Model, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Return a random picture in the form that the model takes."""
-    known = signature(type(model.base_model).forward).parameters
-    shape, others = _patches(known, model.config) or _pixels(known, model.config)
-    name = "pixel_values_images" if "pixel_values_images" in known else "pixel_values"
-    return {name: torch.randn(shape, generator=generator), **others}
+def _vision(config: Any) -> Any:  # noqa: ANN401 - transformers is untyped
+    return getattr(config, "vision_config", config)
 
 
-def _patches(known: Collection[str], config: Any) -> _Form | None:  # noqa: ANN401
-    """Return the shape of a picture in patches, and its other inputs; None for pixels."""
-    vision = config.vision_config
+def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
+    """Return the shape of a picture and its other inputs, for a model with the inputs `known`."""
+    vision = _vision(config)
     side = _SIDE * getattr(vision, "pooling_kernel_size", getattr(vision, "spatial_merge_size", 2))
     count, grid = side**2, torch.tensor([[side, side]])
-    patch = _number(getattr(vision, "patch_size", 0))
+    patch = _side(getattr(vision, "patch_size", 0))
     flat = (count, _CHANNELS * getattr(vision, "temporal_patch_size", 1) * patch**2)
     grids = {"image_grid_thw": torch.tensor([[1, side, side]])}
+    mask = {"pixel_attention_mask": torch.ones(1, count, dtype=torch.long)}
+    places = torch.cartesian_prod(*[torch.arange(side)] * 2)[None]
     forms: Mapping[str, _Form] = {
-        "image_position_ids": (
-            (1, *flat),
-            {"image_position_ids": torch.cartesian_prod(*[torch.arange(side)] * 2)[None]},
-        ),
-        "spatial_shapes": (
-            (1, *flat),
-            {
-                "spatial_shapes": grid,
-                "pixel_attention_mask": torch.ones(1, count, dtype=torch.long),
-            },
-        ),
+        "image_position_ids": ((1, *flat), {"image_position_ids": places}),
+        "spatial_shapes": ((1, *flat), {"spatial_shapes": grid, **mask}),
         "target_sizes": ((1, _CHANNELS, patch, count * patch), {"target_sizes": grid}),
         "image_grid_hw": (flat, {"image_grid_hw": grid}),
         "image_merge_sizes": (flat, {**grids, "image_merge_sizes": torch.tensor([2])}),
         "image_grid_thw": (flat, grids),
     }
-    return next((form for name, form in forms.items() if name in known), None)
-
-
-def _pixels(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
-    """Return the shape of a picture in pixels, and its other inputs."""
-    vision = config.vision_config
-    size = _number(getattr(vision, "image_size", None) or vision.model_args["img_size"])
-    square = (_CHANNELS, size, size)
-    tiled = getattr(config, "image_grid_pinpoints", None)
-    if tiled:
+    patches = next((form for name, form in forms.items() if name in known), None)
+    if patches is not None:
+        return patches
+    if vision is config:  # it has no vision tower, and embeds patches
+        return (1, *flat), {}
+    size = _side(getattr(vision, "image_size", None) or vision.model_args["img_size"])
+    shape: tuple[int, ...] = (1, _CHANNELS, size, size)
+    others: dict[str, torch.Tensor] = {}
+    if tiled := getattr(config, "image_grid_pinpoints", None):
         height, width = min(tiled, key=math.prod)
         tiles = 1 + -(-height // size) * -(-width // size)  # the first shows the whole picture
-        return (1, tiles, *square), {"image_sizes": torch.tensor([[height, width]])}
-    if "pixel_attention_mask" in known or config.model_type == "perception_lm":
-        return (1, 1, *square), {}
-    if vision.model_type != "pixtral":
-        return (1, *square), {}
-    # This tower takes pictures of several sizes: use a small one.
-    size = _SIDE * vision.patch_size * getattr(config, "spatial_merge_size", 1)
-    return (1, _CHANNELS, size, size), {"image_sizes": torch.tensor([[size, size]])}
+        shape, others = (1, tiles, *shape[1:]), {"image_sizes": torch.tensor([[height, width]])}
+    elif "pixel_attention_mask" in known or config.model_type == "perception_lm":
+        shape = (1, *shape)
+    elif high := getattr(config, "high_res_vision_config", None):
+        larger = torch.ones(1, _CHANNELS, high.image_size, high.image_size)
+        others = {"high_res_pixel_values": larger}
+    elif vision.model_type == "pixtral":  # it takes several sizes: use a small one
+        size = _SIDE * patch * getattr(config, "spatial_merge_size", 1)
+        shape, others = (1, _CHANNELS, size, size), {"image_sizes": torch.tensor([[size, size]])}
+    return shape, others
 
 
-def _number(value: int | Sequence[int]) -> int:
+def _side(value: int | Sequence[int]) -> int:
     return value if isinstance(value, int) else value[0]
