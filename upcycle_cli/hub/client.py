@@ -137,10 +137,8 @@ def _http_error(repo: str, revision: str | None, error: HfHubHTTPError) -> Upcyc
         return UpcycleError(f"access to {repo} is restricted, and {why}.", hint)
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "your token may lack access to it." if signed_in else f"s{SIGN_IN[1:]}"
-        return UpcycleError(
-            f"{repo} is neither a local directory nor a repo that you can see on the Hub.",
-            f"Check the name. If it is private, {hint}",
-        )
+        words = f"{repo} is neither a local directory nor a repo that you can see on the Hub."
+        return UpcycleError(words, f"Check the name. If it is private, {hint}")
     if isinstance(error, errors.RevisionNotFoundError):
         hint = "Check the branch, tag or commit."
         return UpcycleError(f"{repo} has no revision '{revision}'.", hint)

@@ -130,10 +130,8 @@ def check_destination(destination: Destination) -> None:
                 ) from None
             return
     if public and destination.private:
-        raise UpcycleError(
-            f"{repo} exists and is public.",
-            "Make it private there first, or leave out `private`.",
-        )
+        hint = "Make it private there first, or leave out `private`."
+        raise UpcycleError(f"{repo} exists and is public.", hint)
 
 
 def push(

@@ -80,9 +80,8 @@ def take_inventory(output: Path) -> Inventory:
 def check_ownership(output: Path) -> str:
     """Return the digest of an output's record; UpcycleError for a file upcycle did not write."""
     if not os.path.lexists(output / RECORD_NAME):
-        raise UpcycleError(
-            f"{output} was not made by upcycle (no {RECORD_NAME}); it is not replaced.", _HINT
-        )
+        words = f"{output} was not made by upcycle (no {RECORD_NAME}); it is not replaced."
+        raise UpcycleError(words, _HINT)
     found = take_inventory(output)
     reasons = {**dict.fromkeys(found.foreign, "upcycle did not write it"), **found.changed}
     if CARD_NAME in {*found.own} - {*found.changed}:
@@ -145,11 +144,8 @@ def _listed(output: Path, record: bytes) -> tuple[dict[str, Any], dict[str, Any]
         files = {str(entry["name"]): entry for entry in value["files"]}
         return files, dict(value["routers"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UpcycleError(
-            f"{output / RECORD_NAME} does not say which files upcycle wrote, so {output} is not "
-            "replaced.",
-            _HINT,
-        ) from error
+        words = f"{output / RECORD_NAME} does not say which files upcycle wrote"
+        raise UpcycleError(f"{words}, so {output} is not replaced.", _HINT) from error
 
 
 def _change(
