@@ -2,24 +2,24 @@
 
 Opening one reads `config.json`, the index and the safetensors headers, and checks them against the
 file sizes; it reads no weights. `Checkpoint.reader` maps the files and returns tensors that alias
-them. What a model may contain is decided elsewhere, in `models`.
+them, or that are computed from them. What a model may contain is decided elsewhere, in `models`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
-import os
+import math
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES, TensorEntry, read_shard_header
+from upcycle_cli.checkpoint.made import Made, Source, part, stored_parts
+from upcycle_cli.checkpoint.mapped_files import DiskRanges, MappedFiles
+from upcycle_cli.checkpoint.quantized import dequantized
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
     CONFIG_NAME,
@@ -30,22 +30,20 @@ from upcycle_cli.checkpoint.storage import (
     file_changed,
     find_adapter,
     json_object,
-    read_json,
     refuse_missing,
+    weight_map,
 )
 from upcycle_cli.core import safe_files
 from upcycle_cli.core.display import Compact
-from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.platform import shared_extents
+from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import printable
 
 if TYPE_CHECKING:
     import torch
 
 _NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
-
-DiskRanges = tuple[int | tuple[int, int], ...]
-"""A device number; then, for each range, its offset and the distance from there to the disk's."""
+ADAPTER_PREFIX = "adapter: "
+"""Begins the name by which a reader has a tensor of a checkpoint's adapter."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,10 +53,21 @@ class Checkpoint(Compact):
     storage: Storage
     config: Mapping[str, Any]
     config_digest: str
+    """Of the file: the config says nothing of a quantisation that `made` undoes."""
     tensors: Mapping[str, TensorEntry]
+    """What the model has: computed tensors, too, in their computed dtype and shape."""
+    stored: Mapping[str, TensorEntry]
+    """What the files have."""
     shards: tuple[FileStamp, ...]
     companions: tuple[FileStamp, ...]
     """Tokenizer, chat template, generation config and licence files."""
+    made: Mapping[str, Made] = field(default_factory=dict)
+    """How tensors are computed that are not stored as the model has them."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Stored tensors that the model does not need, each with the reason."""
+    adapter: Checkpoint | None = None
+    """The adapter that is added to the weights."""
+    config_name: str = CONFIG_NAME
 
     @property
     def path(self) -> Path:
@@ -104,7 +113,7 @@ class Checkpoint(Compact):
     @property
     def files(self) -> list[str]:
         """The names of config.json, the weight files and the companions."""
-        return [CONFIG_NAME, *(file.name for file in self.shards + self.companions)]
+        return [self.config_name, *(file.name for file in self.shards + self.companions)]
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -117,25 +126,54 @@ class Checkpoint(Compact):
                 {"name": shard.name, "size": shard.size, "header_sha256": shard.digest}
                 for shard in self.shards
             ],
+            **({} if self.adapter is None else {"adapter": self.adapter.origin}),
         }
 
     @property
     def identity(self) -> dict[str, Any]:
         """What distinguishes it from other checkpoints with the same shapes, as JSON."""
         files = self.shards + self.companions if self.revision is None else ()
-        return self.origin | {"times": [[file.name, file.size, file.mtime_ns] for file in files]}
+        times = [[file.name, file.size, file.mtime_ns] for file in files]
+        adapter = {} if self.adapter is None else {"adapter": self.adapter.identity}
+        return {**self.origin, "times": times, **adapter}
+
+    def tensor(self, name: str) -> Source | Made:
+        """Return how a tensor of the model is stored or computed."""
+        entry = self.tensors[name]
+        return self.made.get(name) or Source(name, entry.dtype, entry.shape)
+
+    def computed_in(self, dtype: str | None) -> Checkpoint:
+        """Return the checkpoint with its computed tensors rounded to a dtype, if one is given."""
+        if dtype is None or not self.made:
+            return self
+        made = {name: replace(each, dtype=dtype) for name, each in self.made.items()}
+        tensors = {
+            name: replace(entry, dtype=dtype) if name in made else entry
+            for name, entry in self.tensors.items()
+        }
+        return replace(self, tensors=tensors, made=made)
+
+    def place(self, name: str) -> tuple[Checkpoint, TensorEntry]:
+        """Return the checkpoint, itself or its adapter, and the entry of a stored tensor."""
+        if name in self.stored or self.adapter is None:
+            return self, self.stored[name]
+        return self.adapter, self.adapter.stored[name.removeprefix(ADAPTER_PREFIX)]
 
     def tensor_digest(self, name: str) -> str:
-        """Return the SHA-256 of a tensor's bytes; OSError or UpcycleError when unreadable."""
-        entry = self.tensors[name]
-        with safe_files.open_regular(self.storage.local(entry.shard)) as file:
-            file.seek(entry.offset)
-            return hashlib.sha256(file.read(entry.nbytes)).hexdigest()
+        """Return the SHA-256 of the stored bytes that make a tensor; OSError or UpcycleError."""
+        digest = hashlib.sha256()
+        for source in stored_parts(self.tensor(name)):
+            of, entry = self.place(source.name)
+            with safe_files.open_regular(of.storage.local(entry.shard)) as file:
+                file.seek(entry.offset)
+                digest.update(file.read(entry.nbytes))
+        return digest.hexdigest()
 
     @property
     def bytes_to_download(self) -> int:
         """The size of the files that are not downloaded yet."""
-        return self.storage.bytes_to_download(self.files)
+        own = self.storage.bytes_to_download(self.files)
+        return own + (0 if self.adapter is None else self.adapter.bytes_to_download)
 
     def download(self) -> Checkpoint:
         """Download what is missing and return the local checkpoint; UpcycleError if it differs."""
@@ -143,17 +181,20 @@ class Checkpoint(Compact):
             return self
         self.storage.download([*self.files, *self.storage.matching([CARD_NAME])])
         local = open_checkpoint(self.path)
-        if local.tensors != self.tensors or local.config_digest != self.config_digest:
+        if local.stored != self.stored or local.config_digest != self.config_digest:
             words = f"{self.path} differs from what its headers said before the download."
             raise UpcycleError(words, "Run the command again.")
-        return local
+        return replace(local, tensors=self.tensors, made=self.made)
 
     def check_unchanged(self) -> None:
         """Raise UpcycleError when a file changed since the checkpoint was opened."""
         self.check_files(self.shards + self.companions)
-        config = safe_files.read_small(self.storage.local(CONFIG_NAME), safe_files.MOST_JSON_BYTES)
+        path = self.storage.local(self.config_name)
+        config = safe_files.read_small(path, safe_files.MOST_JSON_BYTES)
         if hashlib.sha256(config).hexdigest() != self.config_digest:
-            raise file_changed(self.path / CONFIG_NAME)
+            raise file_changed(self.path / self.config_name)
+        if self.adapter is not None:
+            self.adapter.check_unchanged()
 
     def check_files(self, files: Iterable[FileStamp]) -> None:
         """Raise UpcycleError when one of these files changed since the checkpoint was opened."""
@@ -169,12 +210,11 @@ class Checkpoint(Compact):
 @contextmanager
 def open_reader(checkpoints: Sequence[Checkpoint]) -> Iterator[Reader]:
     """Read tensors of several checkpoints, by the names of `tensor_of`, as `Checkpoint.reader`."""
-    maps: dict[Path, mmap.mmap] = {}
+    files = MappedFiles()
     try:
-        yield Reader(checkpoints, maps)
+        yield Reader(checkpoints, files)
     finally:
-        # Python unmaps a file once no tensor aliases it; closing it by force would crash them.
-        maps.clear()
+        files.close()
 
 
 def tensor_of(model: int, name: str) -> str:
@@ -193,138 +233,145 @@ class Reader:
     """Returns tensors that alias the mapped files; made by `open_reader`."""
 
     _checkpoints: Sequence[Checkpoint]
-    _maps: dict[Path, mmap.mmap]
-    _extents: dict[Path, tuple[int, int, list[tuple[int, int, int]]]] = field(default_factory=dict)
+    _files: MappedFiles
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise UpcycleError when a tensor's file changed, since its map shows the change."""
-        found = [self._find(name) for name in names]
-        for checkpoint in self._checkpoints:
-            shards = {entry.shard for model, entry in found if model is checkpoint}
-            checkpoint.check_files(file for file in checkpoint.shards if file.name in shards)
+        shards: dict[int, tuple[Checkpoint, set[str]]] = {}
+        for checkpoint, entry in map(self._find, names):
+            shards.setdefault(id(checkpoint), (checkpoint, set()))[1].add(entry.shard)
+        for checkpoint, held in shards.values():
+            checkpoint.check_files(file for file in checkpoint.shards if file.name in held)
 
     def mapped(self, name: str) -> memoryview:
-        """Return a tensor's bytes in the mapped file; UpcycleError for an unsupported dtype.
+        """Return a stored tensor's bytes in the mapped file; UpcycleError for an unknown dtype.
 
         Do not write to them, or use them after the reader is closed.
         """
         checkpoint, entry = self._find(name)
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in TORCH_DTYPES and not checkpoint.made:
             raise UpcycleError(
                 f"{checkpoint.path}: {entry.name} is stored as {entry.dtype}.",
                 f"Only {', '.join(TORCH_DTYPES)} can be read.",
             )
-        whole = memoryview(self._map(checkpoint, entry.shard))
+        stamp = next(file for file in checkpoint.shards if file.name == entry.shard)
+        whole = memoryview(self._files.map(checkpoint.storage, stamp))
         return whole[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor that aliases the mapped file."""
-        import torch
-
-        data: memoryview | bytearray = self.mapped(name)
-        entry = self._find(name)[1]
-        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-        if entry.num_elements == 0:
-            return torch.empty(entry.shape, dtype=dtype)
+        """Return a tensor of the model, which aliases the mapped file if it is not computed."""
+        number, own = self._model(name)
+        if own in self._checkpoints[number].made:
+            return self.computed(name)
+        entry, data = self._find(name)[1], self.mapped(name)
         if entry.offset % ITEM_BYTES[entry.dtype]:
             # torch needs alignment, which the format does not guarantee.
-            data = bytearray(data)
-        return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+            return _as_torch(bytearray(data), entry.dtype, entry.shape)
+        return _as_torch(data, entry.dtype, entry.shape)
+
+    def computed(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Compute the entries [begin, end) of a tensor along its first dimension."""
+        number, own = self._model(name)
+        made = self._checkpoints[number].made[own]
+        _, *rest = shape = made.shape
+        height = math.prod(rest[:-1])
+        rows = slice(begin * height, height * (shape[0] if end is None else end))
+        values = part(made, lambda stored: self.mapped(tensor_of(number, stored)), rows)
+        return _as_torch(bytearray(values.tobytes()), made.dtype, (-1, *rest))
 
     def on_disk(self, data: memoryview) -> DiskRanges:
-        """Return where mapped bytes lie on the disk; empty unless all are in shared extents.
-
-        Bytes at the same place are equal, and need not be read to be compared.
-        """
-        address = _address(data)
-        for path, mapped in [*self._maps.items()]:  # other threads add maps
-            if path not in self._extents:
-                self._extents[path] = _address(mapped), path.stat().st_dev, shared_extents(path)
-            base, device, extents = self._extents[path]
-            if extents and base <= address < base + len(mapped):
-                ranges = _ranges(extents, address - base, len(data))
-                return (device, *ranges) if ranges else ()
-        return ()
+        """Return where mapped bytes lie on the disk; see `MappedFiles.on_disk`."""
+        return self._files.on_disk(data)
 
     def release(self) -> None:
         """Free the pages that were read so far; a later access reads them again."""
-        for mapped in [*self._maps.values()]:
-            mapped.madvise(mmap.MADV_DONTNEED)
+        self._files.release()
+
+    def _model(self, name: str) -> tuple[int, str]:
+        # A single checkpoint can have any names, even names like `tensor_of`'s.
+        return (0, name) if len(self._checkpoints) == 1 else model_of(name)
 
     def _find(self, name: str) -> tuple[Checkpoint, TensorEntry]:
-        # A single checkpoint can have any names, even names like `tensor_of`'s.
-        model, own = (0, name) if len(self._checkpoints) == 1 else model_of(name)
-        checkpoint = self._checkpoints[model]
-        return checkpoint, checkpoint.tensors[own]
-
-    def _map(self, checkpoint: Checkpoint, shard: str) -> mmap.mmap:
-        path = checkpoint.path / shard
-        if path not in self._maps:
-            stamp = next(file for file in checkpoint.shards if file.name == shard)
-            with safe_files.open_regular(checkpoint.storage.locate(shard)) as file:
-                if not stamp.fits(os.fstat(file.fileno())):
-                    raise file_changed(path)
-                # A private mapping: torch needs a writable buffer, and the file must not change.
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[path]
+        number, own = self._model(name)
+        return self._checkpoints[number].place(own)
 
 
-def _address(data: memoryview | mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(data))
+def _as_torch(data: memoryview | bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    kind = getattr(torch, TORCH_DTYPES[dtype])
+    if not len(data):
+        return torch.empty([max(0, size) for size in shape], dtype=kind)
+    return torch.frombuffer(data, dtype=kind).reshape(shape)
 
 
-def _ranges(
-    extents: Sequence[tuple[int, int, int]], begin: int, nbytes: int
-) -> list[tuple[int, int]]:
-    position, found = begin, list[tuple[int, int]]()
-    first = bisect_right(extents, begin, key=lambda extent: extent[1])
-    for low, high, physical in extents[first:]:
-        if low > position or position >= begin + nbytes:
-            break
-        # The distance tells adjacent extents from one: files may cut one range differently.
-        distance = physical - low + begin
-        if not found or found[-1][1] != distance:
-            found.append((position - begin, distance))
-        position = high
-    return found if position >= begin + nbytes else []
-
-
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open the checkpoint in a directory; UpcycleError when it is missing or damaged."""
+def open_checkpoint(path: Path | str, *, as_stored: bool = False) -> Checkpoint:
+    """Open the checkpoint in a directory; see `open_storage`."""
     hint = "Give the directory of a checkpoint (with config.json), or ORG/NAME on the Hub."
     refuse_missing(path, hint)
-    return open_storage(Storage(Path(path)))
+    return open_storage(Storage(Path(path)), as_stored=as_stored)
 
 
-def open_storage(storage: Storage) -> Checkpoint:
-    """Open a local or remote checkpoint; UpcycleError when it is missing or damaged."""
+def open_storage(storage: Storage, *, as_stored: bool = False) -> Checkpoint:
+    """Open a local or remote checkpoint; UpcycleError when it is missing or damaged.
+
+    FP8 weights are computed when they are read, or left `as_stored`.
+    """
     path = storage.path
     if not storage.has(CONFIG_NAME):
         hint = "Give the directory of a Hugging Face checkpoint."
         raise find_adapter(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
     raw_config = safe_files.read_small(storage.local(CONFIG_NAME), safe_files.MOST_JSON_BYTES)
     config = json_object(raw_config, str(path / CONFIG_NAME))
-    weight_map = _weight_map(storage)
-    shard_names = sorted(set(weight_map.values())) or [WEIGHTS_NAME]
+    files = weight_map(storage)
+    shard_names = sorted(set(files.values())) or [WEIGHTS_NAME]
     storage.prefetch_headers(shard_names)
-    tensors: dict[str, TensorEntry] = {}
+    stored: dict[str, TensorEntry] = {}
     shards = []
     for shard_name in shard_names:
         shard, entries = read_shard_header(storage, shard_name)
         shards.append(shard)
         for entry in entries:
-            if entry.name in tensors:
-                both = f"{tensors[entry.name].shard} and {shard_name}"
+            if entry.name in stored:
+                both = f"{stored[entry.name].shard} and {shard_name}"
                 raise UpcycleError(f"{path}: tensor {entry.name} is in both {both}.")
-            tensors[entry.name] = entry
-    stored = {name: entry.shard for name, entry in tensors.items()}
-    for name in (*weight_map, *stored) if weight_map else ():
-        listed, found = weight_map.get(name), stored.get(name)
+            stored[entry.name] = entry
+    for name in (*files, *stored) if files else ():
+        listed, found = files.get(name), stored[name].shard if name in stored else None
         if found != listed:
             words = f"lists {name} in {listed or 'no file'}, and it is in {found or 'no file'}"
             raise UpcycleError(f"{path / INDEX_NAME} {words}.", "Download or copy it again.")
     digest = hashlib.sha256(raw_config).hexdigest()
-    return Checkpoint(storage, config, digest, tensors, tuple(shards), storage.companions())
+    made: dict[str, Made] = {}
+    left_out: dict[str, str] = {}
+    if not as_stored:
+        config, made, left_out = dequantized(config, stored)
+    return Checkpoint(
+        storage,
+        config,
+        digest,
+        tensors_of(stored, made, left_out),
+        stored,
+        tuple(shards),
+        storage.companions(),
+        made,
+        left_out,
+    )
+
+
+def tensors_of(
+    stored: Mapping[str, TensorEntry], made: Mapping[str, Made], left_out: Collection[str]
+) -> dict[str, TensorEntry]:
+    """Return the tensors of a model: stored ones, except for what others are computed from."""
+    parts = {source.name for each in made.values() for source in stored_parts(each)}
+    kept = {name: stored[name] for name in stored if name in made or name not in parts}
+    return {
+        name: replace(entry, dtype=made[name].dtype, shape=made[name].shape)
+        if name in made
+        else entry
+        for name, entry in kept.items()
+        if name not in left_out
+    }
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -333,28 +380,3 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy 1's stubs lack Buffer
-
-
-def _weight_map(storage: Storage) -> dict[str, str]:
-    """Return the file of each tensor, from the index; empty for a single file."""
-    # transformers reads the single file if both exist.
-    if storage.has(WEIGHTS_NAME):
-        return {}
-    if not storage.has(INDEX_NAME):
-        pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
-        words = f"has no {WEIGHTS_NAME} and no {INDEX_NAME}."
-        hint = "Only safetensors checkpoints under these names can be read."
-        if pickles:
-            words = f"has its weights as pickle ({pickles[0]}), which can run code when opened."
-            hint = "If you trust it, load it with transformers' from_pretrained, save it with "
-            hint += "save_pretrained, and give the new directory."
-        raise find_adapter(storage) or UpcycleError(f"{storage.path} {words}", hint)
-    index_path = storage.local(INDEX_NAME)
-    weight_map = read_json(index_path, safe_files.MOST_LISTING_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UpcycleError(f"{index_path} has no weight_map.")
-    for name, shard in weight_map.items():
-        if not safe_files.is_inner_name(shard):
-            words = f"{index_path} lists {name} in {shown(shard)}"
-            raise UpcycleError(f"{words}, which is not a file of this directory.")
-    return weight_map

@@ -210,6 +210,31 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def weight_map(storage: Storage) -> dict[str, str]:
+    """Return the file of each tensor, from the index; empty for a single file. UpcycleError."""
+    # transformers reads the single file if both exist.
+    if storage.has(WEIGHTS_NAME):
+        return {}
+    if not storage.has(INDEX_NAME):
+        pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
+        words = f"has no {WEIGHTS_NAME} and no {INDEX_NAME}."
+        hint = "Only safetensors checkpoints under these names can be read."
+        if pickles:
+            words = f"has its weights as pickle ({pickles[0]}), which can run code when opened."
+            hint = "If you trust it, load it with transformers' from_pretrained, save it with "
+            hint += "save_pretrained, and give the new directory."
+        raise find_adapter(storage) or UpcycleError(f"{storage.path} {words}", hint)
+    index_path = storage.local(INDEX_NAME)
+    listed = read_json(index_path, safe_files.MOST_LISTING_BYTES).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UpcycleError(f"{index_path} has no weight_map.")
+    for name, shard in listed.items():
+        if not safe_files.is_inner_name(shard):
+            words = f"{index_path} lists {name} in {shown(shard)}"
+            raise UpcycleError(f"{words}, which is not a file of this directory.")
+    return listed
+
+
 def find_adapter(storage: Storage) -> UpcycleError | None:
     """Return the error for a directory with an adapter and no model; None for others."""
     return adapter(str(storage.path)) if storage.has(ADAPTER_NAME) else None

@@ -22,7 +22,7 @@ from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import MoeBlock
 from upcycle_cli.models.moe_config import remove_local_path
 from upcycle_cli.models.moe_experts import Experts, find_experts
-from upcycle_cli.plan.expressions import Expr, Repeat, Select, Slice, Source, Stack, joined, type_of
+from upcycle_cli.plan.expressions import Expr, Held, Repeat, Select, Slice, Stack, joined, type_of
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.plan.validate import check_tensors
@@ -38,7 +38,9 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
     Raises UpcycleError for an MoE that cannot be grown, for tensors that do not match the config,
     and for an inexact result, unless `growth` allows it.
     """
-    options, target = options or Options(), growable(source.config, source.tensors)
+    options = options or Options()
+    source = source.computed_in(options.storage_dtype)
+    target = growable(source.config, source.tensors)
     refuse_unsafe_settings(source)
     experts = find_experts(source)
     num_experts, exact = growth.expand * experts.num_experts, growth.expand * experts.top_k
@@ -202,9 +204,8 @@ class _Grower:
             parts.append(self.options.cast(whole))
         return joined(parts)
 
-    def _stored(self, name: str) -> Source:
-        entry = self.experts.moe.tensors[name]
-        return Source(name, entry.dtype, entry.shape)
+    def _stored(self, name: str) -> Held:
+        return self.experts.moe.tensor(name)
 
     def _source(self, name: str) -> Expr:
         return self.options.cast(self._stored(name))

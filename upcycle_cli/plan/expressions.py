@@ -13,25 +13,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeAlias, assert_never
 
+from upcycle_cli.checkpoint import made
 from upcycle_cli.checkpoint.header import ITEM_BYTES
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.scaling import is_power_of_two
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A tensor of the source checkpoint, unchanged."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+Source = made.Source
+Dequantize = made.Dequantize
+LowRank = made.LowRank
+Held: TypeAlias = made.Source | made.Made
+"""A tensor of the source, as it is stored or computed from what is stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
     """The mean of tensors of one shape: summed in order and divided in float32, rounded once."""
 
-    parts: tuple[Source, ...]
+    parts: tuple[Held, ...]
     dtype: str
 
 
@@ -155,7 +153,7 @@ class Normal:
     dtype: str
     shape: tuple[int, int]
     logit_std: float
-    norm: Source | Mean | None
+    norm: Held | Mean | None
     offset: float = 0.0
 
 
@@ -218,7 +216,7 @@ class Full:
     value: float = 0.0
 
 
-Given: TypeAlias = Source | Normal | Constant | Full
+Given: TypeAlias = Held | Normal | Constant | Full
 Joined: TypeAlias = Mean | Concat | Stack
 Arranged: TypeAlias = Slice | Select | Gather | Transpose | Repeat | RotaryRows
 Changed: TypeAlias = Cast | Scale | RandomLike | AddNoise | Reinit
@@ -240,7 +238,7 @@ class TensorType:
 def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one case per kind
     """Return the dtype and shape of an expression; UpcycleError if it joins dtypes."""
     match expr:
-        case Source() | Full() | Normal() | Constant():
+        case Source() | Dequantize() | LowRank() | Full() | Normal() | Constant():
             return TensorType(expr.dtype, expr.shape)
         case Mean(parts, dtype):
             return TensorType(dtype, parts[0].shape)
@@ -341,12 +339,14 @@ def operands(expr: Expr) -> tuple[Expr, ...]:
             return () if norm is None else (norm,)
         case Concat(parts) | Stack(parts) | Mean(parts):
             return parts
+        case Dequantize() | LowRank():
+            return expr.parts
         case _:
             return (expr.of,)
 
 
 def source_names(expr: Expr) -> Iterator[str]:
-    """Yield the names of the source tensors that an expression reads."""
+    """Yield the names of the stored tensors that an expression reads."""
     if isinstance(expr, Source):
         yield expr.name
     for operand in operands(expr):
@@ -356,8 +356,8 @@ def source_names(expr: Expr) -> Iterator[str]:
 def loses_bits(expr: Expr) -> bool:
     """Whether an expression rounds values of the source: by a cast, a scale or a mean."""
     match expr:
-        case Normal() | RandomLike():
-            return False
+        case Normal() | RandomLike() | Dequantize() | LowRank():
+            return False  # a computed tensor is the source
         case Mean():
             return True
         case Scale(_, factor) if not is_power_of_two(factor):
@@ -374,6 +374,8 @@ def describe(expr: Expr) -> str:
     match expr:
         case Source(name):
             return name
+        case Dequantize() | LowRank():
+            return f"{type(expr).__name__.lower()}({describe(expr.of)})"
         case Slice(of, dim, start, stop):
             return f"{describe(of)}[{':, ' * dim}{start}:{stop}]"
         case Scale(of, factor):

@@ -145,9 +145,9 @@ class Plan(Compact):
         return replace(self, source=source, merge=merge)
 
     def entry(self, name: str) -> TensorEntry:
-        """Return the source tensor that an expression names."""
+        """Return the stored tensor that an expression names."""
         model, own = model_of(name)
-        return self.sources[model].tensors[own]
+        return self.sources[model].place(own)[1]
 
     def reader(self) -> AbstractContextManager[Reader]:
         """Open the sources' files; the reader takes the names that expressions use."""

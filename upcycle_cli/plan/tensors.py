@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 from upcycle_cli.checkpoint.checkpoint import tensor_of
+from upcycle_cli.checkpoint.made import renamed
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.defaults import dimension
 from upcycle_cli.models.layers import by_layer
@@ -89,18 +92,21 @@ class TensorMaker:
         """Return a tensor outside the experts, in the output dtype."""
         return self._options.cast(self._uncast(name))
 
-    def _uncast(self, name: str) -> ex.Source | ex.Mean:
+    def _uncast(self, name: str) -> ex.Held | ex.Mean:
         """Return a tensor outside the experts: the source's, or the mean of all models."""
         stored, merge = self._stored(name), self._plan.merge
         if merge is None or merge.rest is NonExpertWeights.FIRST:
             return stored
-        others = (self._stored(name, model + 1) for model in range(len(merge.others)))
-        # The mean is rounded once, to the dtype in which it is written.
-        return ex.Mean((stored, *others), self._options.storage_dtype or stored.dtype)
+        several = [self._stored(name, model) for model in range(len(self._plan.sources))]
+        # The mean is rounded once, to the dtype in which it is written; its parts are not.
+        parts = [
+            each if isinstance(each, ex.Source) else replace(each, dtype="F32") for each in several
+        ]
+        return ex.Mean((*parts,), self._options.storage_dtype or stored.dtype)
 
-    def _stored(self, name: str, model: int = 0) -> ex.Source:
-        entry = self._plan.sources[model].tensors[name]
-        return ex.Source(tensor_of(model, name), entry.dtype, entry.shape)
+    def _stored(self, name: str, model: int = 0) -> ex.Held:
+        tensor = self._plan.sources[model].tensor(name)
+        return renamed(tensor, partial(tensor_of, model)) if model else tensor
 
     def _mlp_dtype(self, layer: int) -> str:
         """Return the dtype of a layer's MLP in the output."""

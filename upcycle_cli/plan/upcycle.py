@@ -14,6 +14,7 @@ from typing import Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, model_of
 from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES
+from upcycle_cli.checkpoint.made import stored_parts
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.lookup import choose
@@ -47,6 +48,10 @@ def build_plan(
     inputs do not fit.
     """
     options, inputs = options or Options(), inputs or Inputs()
+    source = source.computed_in(options.storage_dtype)
+    if merge is not None:
+        others = (other.computed_in(options.storage_dtype) for other in merge.others)
+        merge = replace(merge, others=(*others,))
     family = choose(
         source.config,
         target,
@@ -65,7 +70,7 @@ def build_plan(
             f"the config of {row.model_type} has no factor on the gates.",
             "Use `scale_split` balanced or down.",
         )
-    dropped = check_source(source, dense)
+    dropped = {**check_source(source, dense), **source.left_out}
     width, hidden = dense.intermediate_size, dense.hidden_size
     recipe.check_width(width)
     expert_size = width // recipe.granularity
@@ -104,7 +109,7 @@ def build_plan(
         shares=recipe.shared_experts > 0,
         expert_layout=row.check_layout(options.expert_layout, expert_size, hidden),
         dense_parameters=source.num_parameters
-        - sum(source.tensors[name].num_elements for name in dropped),
+        - sum(source.tensors[name].num_elements for name in dropped if name in source.tensors),
         upcycles=(recipe, family),
         inputs=inputs,
         merge=merge,
@@ -113,7 +118,8 @@ def build_plan(
     plan = _filled(plan)
     _check_router_range(plan)
     used = {model_of(name)[1] for tensor in plan.tensors for name in source_names(tensor.expr)}
-    unused = source.tensors.keys() - used - dropped.keys()
+    kept = map(source.tensor, source.tensors.keys() - dropped.keys())
+    unused = {part.name for tensor in kept for part in stored_parts(tensor)} - used
     assert not unused, f"source tensors neither used nor dropped: {sorted(unused)[:3]}"
     return plan
 

@@ -24,7 +24,7 @@ from upcycle_cli.models.moe import Target
 from upcycle_cli.models.moe_experts import Experts, find_experts
 from upcycle_cli.models.wrappers import Inside
 from upcycle_cli.run.layerwise import Span, first_of
-from upcycle_cli.run.lazy_weights import Stack, Stored
+from upcycle_cli.run.lazy_weights import Computed, Stack, Stored, unread
 from upcycle_cli.run.models import (
     Model,
     TransformersError,
@@ -37,7 +37,7 @@ from upcycle_cli.run.models import (
 
 Find = Callable[[str, str], "Stored | None"]
 """Returns a weight by its names on disk and in memory; None if it is missing."""
-Round = Callable[[str, torch.Tensor], torch.dtype]
+Round = Callable[[str, torch.Tensor | Computed], torch.dtype]
 """Returns the dtype that a weight is rounded to first, from its name in memory and its values."""
 Observe = Callable[[str, torch.Tensor], None]
 """Receives, by name, the inputs and products of each weight, and the outputs of layers."""
@@ -55,7 +55,7 @@ class LazyModel:
     """None for a dense model."""
     mlp: str
     """The module of a layer that is its MLP, or that contains its router and experts."""
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor | Computed]
     """The stored weights by their names in memory; for experts and other weights of several
     tensors, the first tensor."""
 
@@ -110,9 +110,9 @@ def lazy_model(
     if transformers cannot make the model, or if a tensor is missing or has another shape;
     UpcycleError for such a tensor of an expert, here or when the expert runs.
     """
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor | Computed] = {}
 
-    def stored(name: str, *pieces: torch.Tensor) -> Stored:
+    def stored(name: str, *pieces: torch.Tensor | Computed) -> Stored:
         weights.setdefault(name, pieces[0])
         narrow = pieces[0].dtype if round_to is None else round_to(name, pieces[0])
         sees = None if observe is None else partial(observe, name)
@@ -140,7 +140,7 @@ def lazy_model(
 
     def tensor(disk_name: str, name: str) -> Stored | None:
         found = find(disk_name)
-        return None if found is None else stored(name, reader.tensor(found))
+        return None if found is None else stored(name, unread(checkpoint, reader, found))
 
     net = _net(checkpoint.path, tensor, stacks)
     model = LazyModel(checkpoint, net, experts, mlp, weights)

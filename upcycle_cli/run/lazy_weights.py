@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
+
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
 
 _BLOCK = 1 << 24
 """Elements of a weight in memory at once: 64 MB in float32."""
@@ -31,11 +35,46 @@ class _Unread:
 
 
 @dataclass(frozen=True, eq=False)
+class Computed:
+    """Rows of a tensor that are computed whenever they are read, in place of a mapped tensor."""
+
+    rows: Callable[[int, int], torch.Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    begin: int = 0
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Computed:
+        begin, end, _ = rows.indices(len(self))
+        shape = torch.Size((end - begin, *self.shape[1:]))
+        return replace(self, shape=shape, begin=self.begin + begin)
+
+    def to(self, dtype: torch.dtype) -> torch.Tensor:
+        """Compute it, and return it in a dtype."""
+        return self.rows(self.begin, self.begin + len(self)).to(dtype)
+
+
+def unread(checkpoint: Checkpoint, reader: Reader, name: str) -> torch.Tensor | Computed:
+    """Return a tensor of a model that takes no memory."""
+    if name not in checkpoint.made:
+        return reader.tensor(name)
+    made = checkpoint.made[name]
+    dtype = getattr(torch, TORCH_DTYPES[made.dtype])
+    return Computed(partial(reader.computed, name), torch.Size(made.shape), dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class Stored(_Unread):
     """One tensor of a file, or several concatenated ones, in place of a weight in float32."""
 
-    pieces: tuple[torch.Tensor, ...]
-    """Views of mapped files with equal numbers of columns."""
+    pieces: tuple[torch.Tensor | Computed, ...]
+    """Views of mapped files, or computed, with equal numbers of columns."""
     round_to: torch.dtype
     """The dtype that the values are rounded to first."""
     observe: Callable[[torch.Tensor], None] | None = None
@@ -49,7 +88,7 @@ class Stored(_Unread):
             return first.shape
         return torch.Size((sum(len(piece) for piece in self.pieces), *first.shape[1:]))
 
-    def cast(self, values: torch.Tensor) -> torch.Tensor:
+    def cast(self, values: torch.Tensor | Computed) -> torch.Tensor:
         """Return values of a file in float32, rounded first."""
         return values.to(self.round_to).float()
 
@@ -89,7 +128,9 @@ class Stored(_Unread):
         if second is not None and function is functional.embedding:
             needed, place = torch.unique(args[0], return_inverse=True)
             # The other arguments only matter for training or padding.
-            return functional.embedding(place, second.cast(second.pieces[0][needed]))
+            piece = second.pieces[0]
+            piece = piece.to(piece.dtype) if isinstance(piece, Computed) else piece
+            return functional.embedding(place, second.cast(piece[needed]))
         weights = [arg for arg in args if isinstance(arg, cls)]
         args, kwargs = tree_map_only(cls, cls.whole, (args, dict(kwargs)))
         found = function(*args, **kwargs)

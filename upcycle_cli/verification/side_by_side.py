@@ -22,6 +22,7 @@ from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
+from upcycle_cli.run.lazy_weights import Computed
 from upcycle_cli.run.models import source_errors, transformers_errors
 from upcycle_cli.verification.logit_divergence import Comparison, Ending, compare
 from upcycle_cli.verification.prompts import Prompt
@@ -52,7 +53,7 @@ def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
         for is_matrix, of in count.items()
     }
 
-    def round_to(name: str, stored: torch.Tensor) -> torch.dtype:
+    def round_to(name: str, stored: torch.Tensor | Computed) -> torch.dtype:
         held = moe.weights.get(name)
         dtype = usual[stored.dim() > 1] if held is None else held.dtype
         return stored.dtype if dtype == torch.float32 else dtype

@@ -145,13 +145,13 @@ class Unbound:
             found = found.of
         if not is_unbound(found):
             return
-        if not (isinstance(found, ex.Gather) and isinstance(found.of, ex.Source)):
+        if not (isinstance(found, ex.Gather) and isinstance(found.of, ex.Held)):
             self.why_unbound = "noise or new neurons hide the order of the neurons"
             return
         if dtype != kind:  # widened without loss, or it will differ
             values = to_float32(matrix.view(NUMPY_DTYPES[dtype]), dtype)
             matrix = rounded(values, kind).view(_BITS[kind])
-        part, plain = found.of.name, _in_order(expr)
+        part, plain = next(ex.source_names(found.of)), _in_order(expr)
         if plain not in self._wanted:
             data = evaluate(plain, self._source.mapped)
             values = np.ndarray(ex.type_of(plain).shape, _BITS[kind], data)

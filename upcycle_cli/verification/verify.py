@@ -125,7 +125,7 @@ def verify(  # noqa: PLR0913 - options, by name
         paths = download_model(places[0]), download_model(places[1])
         source, *more = (_open_source(path) for path in (paths[0], *map(download_model, others)))
         try:
-            converted = open_checkpoint(paths[1])
+            converted = open_checkpoint(paths[1], as_stored=True)
         except UpcycleError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
@@ -175,6 +175,7 @@ class _Case:
         try:
             self.record = rebuild.read_record(self.moe)
             self.plan = rebuild.rebuild(self.record, self.dense, self.moe, others, given)
+            self.dense = self.plan.source  # computed tensors may have another dtype
         except rebuild.RecordError as error:
             self.unrecorded = str(error)
         except rebuild.MismatchError as error:

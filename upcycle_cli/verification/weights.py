@@ -17,7 +17,8 @@ from functools import cache
 
 import numpy as np
 
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, DiskRanges, Reader
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
+from upcycle_cli.checkpoint.mapped_files import DiskRanges
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes

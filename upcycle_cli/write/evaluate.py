@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 import numpy as np
 
 from upcycle_cli.checkpoint import header
 from upcycle_cli.checkpoint.header import NUMPY_DTYPES, OverflowInCastError, rounded, to_float32
+from upcycle_cli.checkpoint.made import Made, Read, part
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.expressions import describe
@@ -23,14 +24,16 @@ from upcycle_cli.write.random_draws import drawn_on, permutation, standard_norma
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Read: TypeAlias = Callable[[str], memoryview]
-"""Gives the bytes of a dense tensor by name."""
+    from upcycle_cli.checkpoint.made import Index
+
 _TOGETHER_ITEMS = 1 << 18
 """Values of the rows that columns are gathered from at once."""
 _TRANSPOSED_ITEMS = 1 << 22
 TILE = 256
 """Rows and columns that are transposed at once."""
 _PIECE_ITEMS = 1 << 16
+_PRODUCT_ITEMS = 1 << 20
+"""Values of a product at once: each piece casts all of one factor to float64."""
 _SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}  # above zero
 
 
@@ -72,16 +75,22 @@ def evaluate_together(
         for start in range(0, width, step):
             columns = _columns(first.of, start, min(start + step, width))
             yield 0, _bytes(evaluator.value(ex.Transpose(columns)))
+    elif len(exprs) == 1 and (chosen := _selection(first)) is not None:
+        count, width = chosen.shape
+        step = max(1, _TRANSPOSED_ITEMS // max(1, width))
+        for start in range(0, count, step):
+            rows = _narrowed(chosen.rows, slice(start, min(start + step, count)))
+            yield 0, _bytes(evaluator.selected(chosen._replace(rows=rows)).all(chosen.made.dtype))
     elif len(exprs) == 1:
         yield 0, evaluate(first, read, vanished)
     else:
         gathers = [_gather_of(expr) for expr in exprs]
         offset, width = gathers[0].offset, gathers[0].order.size
-        values = evaluator.value(gathers[0].of)[:, offset : offset + width]
+        values = evaluator.rows(ex.Slice(gathers[0].of, 1, offset, offset + width))
         orders = [permutation(each.order)[each.start : each.stop] for each in gathers]
-        step = max(1, _TOGETHER_ITEMS // max(1, width))
-        for start in range(0, len(values), step):
-            rows = evaluator.applied(first, values[start : start + step])
+        step = max(1, max(_TOGETHER_ITEMS, values.items) // max(1, width))
+        for start in range(0, values.shape[0], step):
+            rows = evaluator.applied(first, values.make(slice(start, start + step)))
             for number, each in enumerate(orders):
                 # numpy's check of the indices costs more than gathering.
                 yield number, _bytes(rows.take(each, axis=1, mode="wrap"))
@@ -100,6 +109,56 @@ def _columns(expr: ex.Expr, start: int, stop: int) -> ex.Expr:
             return ex.Concat(tuple(_columns(part, start, stop) for part in parts))
         case _:
             return ex.Slice(expr, 1, start, stop)
+
+
+class _Selection(NamedTuple):
+    """Rows and columns of a computed tensor; see `made.part`."""
+
+    made: Made
+    rows: Index
+    columns: Index
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of rows and columns."""
+        rows, columns = (
+            each.stop - each.start if isinstance(each, slice) else len(each) for each in self[1:]
+        )
+        return rows, columns
+
+
+def _selection(expr: ex.Expr) -> _Selection | None:
+    """Return the part of a computed tensor that an expression takes; None for other expressions."""
+    chosen: Index
+    match expr:
+        case ex.Dequantize() | ex.LowRank():
+            *rows, columns = expr.shape if len(expr.shape) > 1 else (*expr.shape, 1)
+            return _Selection(expr, slice(0, math.prod(rows)), slice(0, columns))
+        case ex.Select(of, index):
+            dim, height = 0, ex.type_of(expr).shape[0]
+            chosen = slice(index * height, (index + 1) * height)
+        case ex.Slice(of, dim, start, stop):
+            chosen = slice(start, stop)
+        case ex.Gather(of, dim, order, start, stop, offset):
+            chosen = permutation(order)[start:stop] + offset
+        case _:
+            return None
+    if len(ex.type_of(expr).shape) > 2 or (whole := _selection(of)) is None:
+        return None
+    if dim:
+        return whole._replace(columns=_narrowed(whole.columns, chosen))
+    return whole._replace(rows=_narrowed(whole.rows, chosen))
+
+
+def _narrowed(index: Index, chosen: Index) -> Index:
+    """Return the chosen ones of some places."""
+    if not isinstance(index, slice):
+        places: NDArray[np.intp] = index[chosen]
+        return places
+    if isinstance(chosen, slice):
+        return slice(index.start + chosen.start, index.start + chosen.stop)
+    shifted: NDArray[np.intp] = chosen + index.start
+    return shifted
 
 
 def _gather_of(expr: ex.Expr) -> ex.Gather:
@@ -121,21 +180,24 @@ class _Evaluator:
     vanished: Callable[[int], None]
 
     def value(self, expr: ex.Expr) -> NDArray[Any]:  # noqa: C901, PLR0911, PLR0912 - a case per kind
+        if (chosen := _selection(expr)) is not None:
+            made = ex.type_of(expr)
+            return self.selected(chosen).all(made.dtype).reshape(made.shape)
         match expr:
             case ex.Source(name, dtype, shape):
                 return np.ndarray(shape, NUMPY_DTYPES[dtype], self.read(name))
             case ex.Mean(parts, dtype):
-                values_of = [(np.atleast_1d(self.value(each)), each.dtype) for each in parts]
-                mean = converted(averaged(values_of), "F32", dtype, 1.0, self.vanished)
+                rows_of = [(self.rows(each), each.dtype) for each in parts]
+                mean = converted(averaged(rows_of), "F32", dtype, 1.0, self.vanished)
                 return mean.reshape(parts[0].shape)
             case ex.Slice(of, dim, start, stop):
                 return self.value(of)[(slice(None),) * dim + (slice(start, stop),)]
             case ex.Select(of, index):
                 return self.value(of)[index, ...]
             case ex.Gather():
-                return self._rows(expr).all(ex.type_of(expr).dtype)
+                return self.rows(expr).all(ex.type_of(expr).dtype)
             case ex.Cast(of) | ex.Scale(of):
-                return self._converted(expr, self._rows(of))
+                return self._converted(expr, self.rows(of))
             case ex.Concat(parts):
                 return np.concatenate([self.value(part) for part in parts])
             case ex.Stack(parts):
@@ -165,8 +227,20 @@ class _Evaluator:
                 return drawn_on(expr, self.value(of))
             case ex.Full(dtype, shape, value):
                 return np.broadcast_to(rounded(np.full(1, value, np.float32), dtype), shape)
+            case ex.Dequantize() | ex.LowRank():
+                raise AssertionError("a selection of all")
             case _:
                 assert_never(expr)
+
+    def selected(self, chosen: _Selection) -> Rows:
+        """Return the rows of a part of a computed tensor, none of which are in memory."""
+
+        def make(rows: slice) -> NDArray[Any]:
+            rows = slice(rows.start, min(rows.stop, chosen.shape[0]))
+            return part(chosen.made, self.read, _narrowed(chosen.rows, rows), chosen.columns)
+
+        items = _PRODUCT_ITEMS if isinstance(chosen.made, ex.LowRank) else _PIECE_ITEMS
+        return Rows(chosen.shape, make, items)
 
     def applied(self, expr: ex.Expr, rows: NDArray[Any]) -> NDArray[Any]:
         """Apply the casts and scales of an expression to rows that are not gathered yet."""
@@ -180,8 +254,10 @@ class _Evaluator:
         factor = expr.factor if isinstance(expr, ex.Scale) else 1.0
         return converted(rows, before, after, factor, self.vanished)
 
-    def _rows(self, expr: ex.Expr) -> Rows:
-        """Return an expression's rows; the rows of a Gather are never all in memory."""
+    def rows(self, expr: ex.Expr) -> Rows:
+        """Return an expression's rows; those of computed tensors and gathers are made later."""
+        if len(ex.type_of(expr).shape) == 2 and (chosen := _selection(expr)) is not None:
+            return self.selected(chosen)
         if not isinstance(expr, ex.Gather):
             values = np.atleast_1d(self.value(expr))
             return Rows(values.shape, values.__getitem__)
@@ -240,11 +316,13 @@ class Rows(NamedTuple):
 
     shape: tuple[int, ...]
     make: Callable[[slice], NDArray[Any]]
+    items: int = _PIECE_ITEMS
+    """How many values to make at once."""
 
     def all(self, dtype: str) -> NDArray[Any]:
         """Make all rows, a few at a time, so that their sources stay in the processor's cache."""
         out = np.empty(self.shape, NUMPY_DTYPES[dtype])
-        step = max(1, _PIECE_ITEMS * len(out) // max(1, out.size))
+        step = max(1, self.items * len(out) // max(1, out.size))
         for start in range(0, len(out), step):
             out[start : start + step] = self.make(slice(start, start + step))
         return out
@@ -260,7 +338,7 @@ def converted(
     out = np.empty(rows.shape, NUMPY_DTYPES[after])
     if not out.size:
         return out
-    step, lost = max(1, _PIECE_ITEMS * len(out) // out.size), 0
+    step, lost = max(1, rows.items * len(out) // out.size), 0
     for start in range(0, len(out), step):
         values, piece = rows.make(slice(start, start + step)), out[start : start + step]
         wide = to_float32(values, before)
@@ -280,28 +358,28 @@ def converted(
     return out
 
 
-def averaged(parts: Sequence[tuple[NDArray[Any], str]]) -> Rows:
-    """Return the rows of the mean in float32 of arrays, each with its dtype."""
+def averaged(parts: Sequence[tuple[Rows, str]]) -> Rows:
+    """Return the rows of the mean in float32 of tensors, each with its dtype."""
 
     def make(rows: slice) -> NDArray[np.float32]:
-        first, *others = (to_float32(values[rows], dtype) for values, dtype in parts)
+        first, *others = (to_float32(values.make(rows), dtype) for values, dtype in parts)
         total = first.copy()
         for each in others:
             total += each
         total /= np.float32(len(parts))
         return total
 
-    return Rows(parts[0][0].shape, make)
+    return Rows(parts[0][0].shape, make, max(values.items for values, _ in parts))
 
 
 def transposed(parts: Iterable[NDArray[Any]], dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return the transpose, of this shape, of matrices stacked by rows."""
     out, start = np.empty(shape, NUMPY_DTYPES[dtype]), 0
-    for part in parts:
-        place = out[:, start : start + len(part)]
-        start += len(part)
-        for row in range(0, len(part), TILE):
+    for each in parts:
+        place = out[:, start : start + len(each)]
+        start += len(each)
+        for row in range(0, len(each), TILE):
             for column in range(0, len(out), TILE):
-                tile = part[row : row + TILE, column : column + TILE]
+                tile = each[row : row + TILE, column : column + TILE]
                 place[column : column + TILE, row : row + TILE] = tile.T
     return out

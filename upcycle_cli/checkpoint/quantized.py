@@ -1,0 +1,84 @@
+"""FP8 checkpoints: which scale belongs to which weight, so that weights are computed when read.
+
+The config says how weights are quantised, the names and shapes of the tensors say where the scales
+are. What does not fit is an error: a weight without its scale would be read as noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
+from upcycle_cli.checkpoint.made import FP8_DTYPES, Dequantize, Made, Source
+from upcycle_cli.core.errors import UpcycleError, shown
+
+_KEY = "quantization_config"
+_METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8", "modelopt")
+"""Methods whose FP8 weights are the stored values times a scale."""
+_SCALES = ("_scale_inv", "_scale")
+"""Endings of the names of scales, after the name of the weight."""
+_SCALE_DTYPES = (*TORCH_DTYPES, "F8_E8M0", "U8")
+_UNNEEDED = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale")
+"""Endings of the names of scales of what is no weight."""
+
+
+def dequantized(
+    config: Mapping[str, Any], stored: Mapping[str, TensorEntry]
+) -> tuple[dict[str, Any], dict[str, Made], dict[str, str]]:
+    """Return the config without its quantisation, the weights to compute, and unneeded scales.
+
+    Raises UpcycleError for other quantisations, and where scales are missing or do not fit.
+    """
+    settings = config.get(_KEY)
+    weights = [entry for entry in stored.values() if entry.dtype in FP8_DTYPES]
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method not in _METHODS or not isinstance(settings, dict):
+        return dict(config), {}, {}
+    if not weights:
+        words = f"the weights are quantised ({method} in config.json), but no tensor is FP8."
+        raise UpcycleError(words, "Download or copy the checkpoint again.")
+    block, dtype = _block(settings), _dtype(config)
+    made: dict[str, Made] = {}
+    for entry in weights:
+        scale = next((stored[entry.name + e] for e in _SCALES if entry.name + e in stored), None)
+        if scale is None:
+            raise UpcycleError(
+                f"{entry.name} is FP8, and {entry.name}{_SCALES[0]} is missing.",
+                "Download or copy the checkpoint again.",
+            )
+        made[entry.name] = _scaled(entry, scale, block, dtype)
+    why = "scales of FP8 activations or of an FP8 cache"
+    left_out = {name: why for name in stored if name.endswith(_UNNEEDED)}
+    return {key: value for key, value in config.items() if key != _KEY}, made, left_out
+
+
+def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns of a block; None for a scale per tensor or per channel."""
+    found = settings.get("weight_block_size")
+    return None if found is None else (found[0], found[1])
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype that weights are rounded to: the config's, or else bfloat16."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return {"float16": "F16"}.get(str(named), "BF16")
+
+
+def _scaled(
+    weight: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None, dtype: str
+) -> Dequantize:
+    *stack, height, width = weight.shape
+    rows, columns = block or (height, width)
+    wanted = (*stack, -(-height // rows), -(-width // columns))
+    if block is None and scale.num_elements == math.prod(stack) * height:
+        rows, wanted = 1, (*stack, height, 1)
+    if scale.num_elements != math.prod(wanted) or scale.dtype not in _SCALE_DTYPES:
+        raise UpcycleError(
+            f"{scale.name} is {scale.dtype} and has shape {[*scale.shape]}, but the weight needs "
+            f"{[*wanted]} ({shown(block)}).",
+            "Download or copy the checkpoint again.",
+        )
+    held, scales = (Source(each.name, each.dtype, each.shape) for each in (weight, scale))
+    return Dequantize(held, scales, (rows, columns), dtype)
