@@ -15,8 +15,18 @@ from typing import Any
 import pytest
 import torch
 from configs import NATIVE_PAIRS as NATIVE_ROWS
-from conftest import SIZES, MakeDense, clone, difference, random_ids, read_json, sizes_of
+from conftest import (
+    SIZES,
+    MakeDense,
+    clone,
+    difference,
+    random_ids,
+    read_json,
+    read_tensors,
+    sizes_of,
+)
 from conftest import logits as logits_of
+from safetensors.torch import save_file
 
 from upcycle_cli import (
     Options,
@@ -313,6 +323,20 @@ def test_verify_passes_and_again_after_transformers_saved_it(
         for name in ("model_type", "num_experts", "top_k", "routing", "moe_layers", "num_layers"):
             assert getattr(found, name) == getattr(before, name), name
         assert_passed(dense, again)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gpt2", "opt"])
+def test_names_may_lack_the_first_part(make_moe: MakeMoe, tmp_path: Path, model_type: str) -> None:
+    """As transformers saves the base model: it is the same model, with its head tied."""
+    dense, moe = make_moe((model_type, SHIPPED))
+    short = clone(dense, tmp_path / "short")
+    tensors = {n.partition(".")[2]: tensor for n, tensor in read_tensors(dense).items()}
+    save_file(tensors, short / "model.safetensors", {"format": "pt"})
+    found = convert(short, tmp_path / "moe", "E2G2T2", target=SHIPPED).output
+    wanted, held = read_tensors(moe), read_tensors(found)
+    assert wanted.keys() == held.keys()
+    assert all(torch.equal(held[name], wanted[name]) for name in wanted)
+    assert_passed(short, found)
 
 
 @pytest.mark.parametrize("row", NATIVE_ROWS, ids="-".join)

@@ -56,6 +56,8 @@ class DenseFamily:
     norm_offset: float = 0.0
     """What the norm adds to its weight: 1 for LayerNorm1P and Gemma."""
     layer: str = LAYER_PREFIX
+    root: str = ""
+    """What the names of a checkpoint that was saved without the head's class begin without."""
     embedding: str = "model.embed_tokens.weight"
     head: str = HEAD
     activation: str | None = "hidden_act"

@@ -180,7 +180,7 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
             scale="routed_scaling_factor",
         ),
         layers=MOE_LAYERS,
-        layer=family.layer,
+        layer=family.root + family.layer,
         renamed=family.renamed,
         head=wrappers.replace_parts(family.head, family.renamed),
         inside=family.inside,
@@ -195,7 +195,14 @@ def family_of(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFa
     """
     wrapper = wrappers.wrapper_of(config)
     if wrapper is None:
-        return DENSE[str(config["model_type"]).removeprefix(UPCYCLED_PREFIX)]
+        row = DENSE[str(config["model_type"]).removeprefix(UPCYCLED_PREFIX)]
+        root, inner, _ = row.layer.split(".", 2)
+        first = {name.partition(".")[0] for name in names}
+        if inner not in first or root in first or row.layer == wrappers.LAYER_PREFIX:
+            return row
+        # gpt2 and bloom were released like this: transformers adds the first part of the names.
+        layer, embedding = (name.partition(".")[2] for name in (row.layer, row.embedding))
+        return replace(row, layer=layer, embedding=embedding, root=f"{root}.")
     text_type = wrappers.text_config_of(config)["model_type"]
     if text_type not in wrapper.texts:
         raise UpcycleError(
@@ -278,7 +285,8 @@ class Family(Compact):
         here, there = self.dense.family.inside, self.target.inside
         if here is not None and there is not None:
             source = here.moved(source, there)
-        return wrappers.replace_parts(source, self.target.renamed)
+        root = "" if source == self.dense.family.head else self.dense.family.root
+        return root + wrappers.replace_parts(source, self.target.renamed)
 
 
 def choose(

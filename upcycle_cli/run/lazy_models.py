@@ -127,7 +127,10 @@ def lazy_model(
     if is_target(checkpoint.config):
         experts = find_experts(checkpoint)
         target, mlp = experts.target, experts.target.in_memory.block
-        find, parts = _finder(checkpoint, target.inside, target.name_prefix), {*experts.part_names}
+        find, parts = (
+            _finder(checkpoint, target.inside, target.name_prefix, "model."),
+            {*experts.part_names},
+        )
         stacks = {
             (layer, weight.name): Stack(partial(expert, layer, weight))
             for layer in experts.layers
@@ -136,7 +139,10 @@ def lazy_model(
         }
     else:
         family = dense_family(checkpoint.config, checkpoint.tensors)
-        find, mlp = _finder(checkpoint, family.inside, "model."), family.mlp[0].name.split(".")[0]
+        find, mlp = (
+            _finder(checkpoint, family.inside, "", family.root),
+            family.mlp[0].name.split(".")[0],
+        )
 
     def tensor(disk_name: str, name: str) -> Stored | None:
         found = find(disk_name)
@@ -180,14 +186,14 @@ def beside_mlp(layer: Model, target: Target, *, is_moe: bool) -> Span:
 
 
 def _finder(
-    checkpoint: Checkpoint, inside: Inside | None, root: str
+    checkpoint: Checkpoint, inside: Inside | None, root: str, removed: str
 ) -> Callable[[str], str | None]:
     """Return a function that maps a name in memory, or one that transformers writes, to disk."""
     if inside is None:
 
         def names(name: str) -> tuple[str, str]:
             # Fused experts have the names in memory, except for the prefix.
-            return name, root + name.removeprefix("model.")
+            return name, root + name.removeprefix(removed)
     else:
         loaded = {inside.in_memory(name): name for name in checkpoint.tensors}
         released = inside.wrapper.inside()
