@@ -101,13 +101,14 @@ def _dense() -> Iterator[str]:
 
 
 def _wrappers() -> Iterator[str]:
-    yield from _header("model", "its text model", "targets (default first)")
+    yield from _header("models (and their text models)", "targets (default first)")
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for wrapper, texts in families().wrappers.items():
-        alike: dict[tuple[str, ...], list[str]] = {}
         for text, targets in texts.items():
-            alike.setdefault(targets, []).append(text)
-        for targets, names in alike.items():
-            yield _row(wrapper, ", ".join(names), ", ".join(targets))
+            alike.setdefault(targets, {}).setdefault(wrapper, []).append(text)
+    for targets, models in alike.items():
+        named = (f"{name} ({', '.join(texts)})" for name, texts in models.items())
+        yield _row(", ".join(named), ", ".join(targets))
 
 
 def _targets() -> Iterator[str]:

@@ -12,7 +12,7 @@ from conftest import SPECIAL, TINY, random_weight, read_json, save_companions, w
 
 sys.path.insert(0, str(Path(__file__).parent / "interoperability"))
 
-from interop.wrapped import WRAPPED, Wrapped
+from interop.wrapped import WRAPPED
 
 from upcycle_cli import Recipe, verify
 from upcycle_cli.models.lookup import native_target, targets_of, wrapped_families
@@ -35,7 +35,7 @@ ROPE: Mapping[str, Any] = {
     "mrope_section": [1, 1, 2],
     "rope_theta": 10000.0,
 }
-_SMALL: Mapping[str, int] = {
+_SMALL: Mapping[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 1,
@@ -45,7 +45,15 @@ _SMALL: Mapping[str, int] = {
     "head_dim": 8,
     "window_size": 8,
     "position_embedding_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_heads": 2,
+    "depth": 1,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+    "num_position_embeddings": 16,
 }
+"""Sizes of any model that sees."""
 _HEARS: Mapping[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -55,14 +63,71 @@ _HEARS: Mapping[str, Any] = {
 }
 
 
-def _around(row: Wrapped) -> dict[str, Any]:
-    """The config outside of the text model: as other software reads it, but smaller."""
-    small = {key: value for key, value in _SMALL.items() if key in row.sees}
-    tokens = {key: IMAGE + number for number, key in enumerate(row.tokens)}
-    return {"vision_config": {**row.sees, **small}, **tokens, **row.around}
+_SAM: Mapping[str, Any] = {
+    "image_size": 64,
+    "output_channels": 8,
+    "global_attn_indexes": [0],
+    "window_size": 4,
+    "mlp_dim": 24,
+}
+OTHERWISE: Mapping[str, Mapping[str, Any]] = {
+    "apertus1p5": {
+        "image_token_offset": 190,
+        "audio_token_offset": 250,
+        "vision_config": {
+            "codebook_size": 60,
+            "embed_dim": 8,
+            "latent_channels": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "resolution": 16,
+            "patch_size": 2,
+        },
+        "audio_config": {"hidden_size": 512, "codebook_size": 10},
+    },
+    "deepseek_vl_hybrid": {
+        "high_res_vision_config": {**_SAM, "image_size": 64, "output_channels": 8, "scale": 0.5}
+    },
+    "got_ocr2": {"vision_config": _SAM},
+    "fuyu": {"image_size": 16, "patch_size": 4},
+    "idefics2": {
+        "perceiver_config": {
+            "hidden_size": 32,
+            "resampler_n_latents": 3,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 1,
+        },
+    },
+}
+"""What a tiny model needs besides `_SMALL`: keys of its config, and of the parts of that."""
 
 
-AROUND = {name.split()[0]: _around(row) for name, row in WRAPPED.items()}
+def _around(wrapper: str) -> dict[str, Any]:
+    """The config outside of the text model: transformers' own, or that of other tests, smaller."""
+    from transformers import CONFIG_MAPPING
+
+    row = next((row for name, row in WRAPPED.items() if name.split()[0] == wrapper), None)
+    if row is not None:
+        tokens = {key: IMAGE + number for number, key in enumerate(row.tokens)}
+        small = {key: value for key, value in _SMALL.items() if key in row.sees}
+        return {"vision_config": {**row.sees, **small}, **tokens, **row.around}
+    usual, other = CONFIG_MAPPING[wrapper](), OTHERWISE.get(wrapper, {})
+    keys = (key for key, value in vars(usual).items() if isinstance(value, int))
+    marks = sorted(key for key in keys if key.endswith(("_token_id", "_token_index")))
+    result: dict[str, Any] = {key: IMAGE + number for number, key in enumerate(marks)}
+    for part in {*usual.sub_configs} - {"text_config"}:
+        sub = getattr(usual, part, None)
+        if sub is not None:
+            small = {key: value for key, value in _SMALL.items() if hasattr(sub, key)}
+            result[part] = {"model_type": sub.model_type, **small, **other.get(part, {})}
+    return result | {key: value for key, value in other.items() if key not in result}
+
+
+AROUND = {name: _around(name) for name in WRAPPERS}
 AROUND["gemma4"] |= {"audio_config": _HEARS, "audio_token_id": SOUND}
 AROUND["gemma4"]["vision_config"] |= {"use_clipped_linears": True, "standardize": True}
 TEXTS: Mapping[str, dict[str, Any]] = {

@@ -138,7 +138,7 @@ def target_of(config: Mapping[str, Any], names: Collection[str]) -> Target:
         return next(found, released)
     family = family_of(config, names)
     activation = read_dense(family, wrappers.text_config_of(config)).activation
-    biased = any(name.endswith("_proj_bias") for name in names)
+    biased = any(name.endswith("_proj_bias") and family.has(name) for name in names)
     return shipped_target(family, activation, biased=biased)
 
 

@@ -51,8 +51,6 @@ class Wrapper:
     """The targets that a wrapper of transformers can hold."""
     native_type: str | None = None
     """The model type of that wrapper, if it is another one."""
-    has_balancing_loss: bool = True
-    """Whether its native classes add the text model's auxiliary loss in training."""
     ties_by_text: bool = False
     """Whether the text model's config can tie the head, too."""
     is_flat: bool = False
@@ -66,6 +64,11 @@ class Wrapper:
     def classes(self) -> tuple[str, str, str]:
         """Its config, base model and full model in transformers."""
         return class_names(self.model_type)
+
+    @property
+    def has_balancing_loss(self) -> bool:
+        """Whether its native classes add the text model's auxiliary loss in training."""
+        return self.native_type is not None
 
     @property
     def native(self) -> str:
@@ -126,6 +129,8 @@ class Inside:
 
 
 _TEXT = "model.language_model."
+_ANY = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Targets of what takes any text model."""
 _HEADED = ("language_model.lm_head.", "lm_head.")
 _LLAVA: Any = {
     "names": ((("language_model.model.", _TEXT), _HEADED, ("", MODEL_PREFIX)),),
@@ -137,8 +142,7 @@ _ROWS: Sequence[Wrapper] = (
         "llava",
         ("llama", "mistral", "qwen2", "qwen3"),  # it takes any; these were tested
         **_LLAVA,
-        natives=("mixtral", "qwen2_moe", "qwen3_moe"),
-        has_balancing_loss=False,
+        natives=_ANY,
         ties_by_text=True,
     ),
     Wrapper(
@@ -146,7 +150,6 @@ _ROWS: Sequence[Wrapper] = (
         ("mistral", "ministral3"),
         **_LLAVA,
         natives=("mixtral", "qwen2_moe"),
-        has_balancing_loss=False,
     ),
     Wrapper("gemma3", ("gemma3_text",), **_LLAVA),
     Wrapper(
@@ -166,6 +169,18 @@ _ROWS: Sequence[Wrapper] = (
     ),
     Wrapper("qwen3_5", ("qwen3_5_text",), natives=("qwen3_5_moe_text",), native_type="qwen3_5_moe"),
     Wrapper("gemma4", ("gemma4_text",), natives=("gemma4_text",)),
+    Wrapper("apertus1p5", ("apertus1p5_text",)),
+    Wrapper("aya_vision", ("cohere2",), **_LLAVA),
+    Wrapper("cohere2_vision", ("cohere2",), natives=("cohere2_moe",)),
+    Wrapper("deepseek_vl", ("llama",), natives=_ANY),
+    Wrapper("deepseek_vl_hybrid", ("llama",), natives=_ANY),
+    Wrapper("exaone4_5", ("exaone4",)),
+    Wrapper("fuyu", ("persimmon",), **_LLAVA),
+    Wrapper("got_ocr2", ("qwen2",), **_LLAVA, natives=_ANY),
+    # The connector is as wide as the text model's MLPs, which mixtral's config does not say.
+    Wrapper("idefics2", ("mistral", "llama"), text="text_model", natives=("qwen2_moe",)),
+    Wrapper("idefics3", ("llama",), text="text_model", natives=_ANY),
+    Wrapper("internvl", ("qwen2", "qwen3", "llama"), **_LLAVA, natives=_ANY),
 )
 WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in _ROWS}
 _BY_TYPE = {name: row for row in _ROWS for name in (row.model_type, row.upcycled, row.native)}

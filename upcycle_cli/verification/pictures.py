@@ -99,7 +99,8 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
         return patches
     if vision is config:  # it has no vision tower, and embeds patches
         return (1, *flat), {}
-    size = _side(getattr(vision, "image_size", None) or vision.model_args["img_size"])
+    stated = getattr(vision, "image_size", None) or getattr(vision, "resolution", None)
+    size = _side(stated or vision.model_args["img_size"])
     shape: tuple[int, ...] = (1, _CHANNELS, size, size)
     others: dict[str, torch.Tensor] = {}
     if tiled := getattr(config, "image_grid_pinpoints", None):
@@ -114,6 +115,8 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
     elif vision.model_type == "pixtral":  # it takes several sizes: use a small one
         size = _SIDE * patch * getattr(config, "spatial_merge_size", 1)
         shape, others = (1, _CHANNELS, size, size), {"image_sizes": torch.tensor([[size, size]])}
+    elif "image_sizes" in known and not hasattr(vision, "image_size"):
+        others = {"image_sizes": torch.tensor([[size, size]])}
     return shape, others
 
 
