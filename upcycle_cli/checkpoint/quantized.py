@@ -6,13 +6,13 @@ are. What does not fit is an error: a weight without its scale would be read as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
 from upcycle_cli.checkpoint.made import FP8_DTYPES, Dequantize, Made, Source
 from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.text import any_of
 
 _KEY = "quantization_config"
 _METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8", "modelopt")
@@ -56,8 +56,14 @@ def dequantized(
 
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the rows and columns of a block; None for a scale per tensor or per channel."""
-    found = settings.get("weight_block_size")
-    return None if found is None else (found[0], found[1])
+    match settings.get("weight_block_size"):
+        case None:
+            return None
+        case [int(rows), int(columns)] if min(rows, columns) > 0:
+            return rows, columns
+        case found:
+            words = f"{_KEY} in config.json has weight_block_size {shown(found)}"
+            raise UpcycleError(f"{words}, not two sizes.", "Download the config again.")
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -69,16 +75,24 @@ def _dtype(config: Mapping[str, Any]) -> str:
 def _scaled(
     weight: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None, dtype: str
 ) -> Dequantize:
-    *stack, height, width = weight.shape
-    rows, columns = block or (height, width)
-    wanted = (*stack, -(-height // rows), -(-width // columns))
-    if block is None and scale.num_elements == math.prod(stack) * height:
-        rows, wanted = 1, (*stack, height, 1)
-    if scale.num_elements != math.prod(wanted) or scale.dtype not in _SCALE_DTYPES:
-        raise UpcycleError(
-            f"{scale.name} is {scale.dtype} and has shape {[*scale.shape]}, but the weight needs "
-            f"{[*wanted]} ({shown(block)}).",
-            "Download or copy the checkpoint again.",
-        )
-    held, scales = (Source(each.name, each.dtype, each.shape) for each in (weight, scale))
-    return Dequantize(held, scales, (rows, columns), dtype)
+    *stack, height, width = weight.shape if len(weight.shape) > 1 else (0, 0)
+    sizes = ((height, width), (1, width)) if block is None else (block,)
+    wanted = {
+        (*stack, -(-height // rows), -(-width // columns)): (rows, columns)
+        for rows, columns in sizes
+        if height and width
+    }
+    # A scale per tensor or per channel may lack the dimensions of one entry at the end.
+    for shape, found in wanted.items():
+        if _trimmed(shape) == _trimmed(scale.shape) and scale.dtype in _SCALE_DTYPES:
+            held = Source(weight.name, weight.dtype, weight.shape)
+            return Dequantize(held, Source(scale.name, scale.dtype, shape), found, dtype)
+    needs = any_of([[*shape] for shape in wanted]) if wanted else "a matrix"
+    words = f"{scale.name} is {scale.dtype} of shape {[*scale.shape]}, but {weight.name} needs"
+    raise UpcycleError(f"{words} {needs}.", "Download or copy the checkpoint again.")
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
