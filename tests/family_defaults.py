@@ -135,7 +135,8 @@ def declared(model_type: str) -> dict[str, Any]:
 
 def defaults(model_type: str) -> dict[str, Any]:
     if model_type in WHOLE:
-        return {"tie_word_embeddings": bool(config_class(model_type)().tie_word_embeddings)}
+        tied = getattr(config_class(model_type)(), "tie_word_embeddings", False)
+        return {"tie_word_embeddings": bool(tied)}
     result = declared(model_type)
     # Keys that only the model asks for, falling back on what it derives: head_dim, mostly.
     source = inspect.getsource(_model_module(model_type))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import SPECIAL, TINY, random_weight, read_json, save_companions, write_json
 
@@ -70,6 +71,8 @@ _SAM: Mapping[str, Any] = {
     "window_size": 4,
     "mlp_dim": 24,
 }
+_SEEN: Mapping[str, int] = {"vocab_offset": 244, "vocab_size": 8}
+_HEARD: Mapping[str, int] = {"vocab_offset": 252, "vocab_size": 8}
 OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     "apertus1p5": {
         "image_token_offset": 190,
@@ -90,8 +93,32 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     "deepseek_vl_hybrid": {
         "high_res_vision_config": {**_SAM, "image_size": 64, "output_channels": 8, "scale": 0.5}
     },
+    "gemma3n": {
+        "vision_config": {"architecture": "test_convnext", "hidden_size": 64, **_SEEN},
+        "audio_config": {"conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, **_HEARD},
+        "vision_soft_tokens_per_image": 4,
+    },
+    "gemma4_unified": {
+        "vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}
+    },
     "got_ocr2": {"vision_config": _SAM},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 64},
+        "qformer_config": {"vocab_size": 8},
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 1]],
+        "image_grid_pinpoints": [[16, 16]],
+        "spatial_target_layers": [0, 1],
+    },
+    "granite_docling": {"vision_config": {"scale_factor": 2}},
+    "hunyuan_vl": {"vision_config": {"text_hidden_size": 32, "max_image_size": 16}},
     "fuyu": {"image_size": 16, "patch_size": 4},
+    "muse_glimmer": {
+        "out_hidden_size": 64,
+        "projector_hidden_size": 24,
+        "vision_config": {"pos_emb_height": 8, "pos_emb_width": 8},
+    },
+    "qwen2_vl": {"vision_config": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}},
     "idefics2": {
         "perceiver_config": {
             "hidden_size": 32,
@@ -130,12 +157,28 @@ def _around(wrapper: str) -> dict[str, Any]:
 AROUND = {name: _around(name) for name in WRAPPERS}
 AROUND["gemma4"] |= {"audio_config": _HEARS, "audio_token_id": SOUND}
 AROUND["gemma4"]["vision_config"] |= {"use_clipped_linears": True, "standardize": True}
+_MULTIDIMENSIONAL = ["glm4v", "hunyuan_vl", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 TEXTS: Mapping[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "gemma4_text": {**SPECIAL["gemma4_text"], "sliding_window": 8, "pad_token_id": 0},
+    "gemma4_unified_text": {
+        **SPECIAL["gemma4_unified_text"],
+        "sliding_window": 8,
+        "pad_token_id": 0,
+    },
+    "gemma3n_text": {
+        **SPECIAL["gemma3n_text"],
+        "sliding_window": 8,
+        "pad_token_id": 0,
+        "vocab_size_per_layer_input": 244,  # the rest stands for pictures and sounds
+    },
+    "glm_ocr_text": {"rope_parameters": ROPE, "num_nextn_predict_layers": 1},
     "mistral": {"sliding_window": 8},
     "ministral3": {"max_position_embeddings": 1 << 18},
-    "qwen2_5_vl_text": {"rope_parameters": ROPE},
+    "muse_glimmer_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"],
         "linear_num_value_heads": 4,
@@ -144,7 +187,7 @@ TEXTS: Mapping[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
         "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
     },
-    "qwen3_vl_text": {"rope_parameters": ROPE},
+    **{f"{name}_text": {"rope_parameters": ROPE} for name in _MULTIDIMENSIONAL},
 }
 SAME = 1e-5
 
@@ -164,6 +207,8 @@ ROWS: list[Row] = [
 def save_wrapper(path: Path, wrapper: str, text: str, around: Mapping[str, Any]) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 
+    if wrapper == "gemma3n":
+        pytest.importorskip("timm")
     inner = {**_TEXT, **TEXTS.get(text, {}), "model_type": text}
     config = CONFIG_MAPPING[wrapper](**{**AROUND[wrapper], **around, "text_config": inner})
     model = AutoModelForImageTextToText.from_config(config)

@@ -42,8 +42,9 @@ def test_an_absent_key_means_its_default(model_type: str) -> None:
     derived |= config.attribute_map.keys()  # saved by their other names
     for key, value in listed.items():
         if value not in (None, "auto", -1) and key not in derived:
-            by_layer = isinstance(read[key], list) and not isinstance(value, list)
-            assert read[key] == ([value] * len(read[key]) if by_layer else value), key
+            found = read.get(key, False)  # muse_glimmer never ties its head
+            by_layer = isinstance(found, list) and not isinstance(value, list)
+            assert found == ([value] * len(found) if by_layer else value), key
 
 
 def test_the_file_is_what_transformers_says() -> None:

@@ -121,10 +121,11 @@ def test_a_wrapper_without_vision_and_audio(make_wrapper: MakeWrapper, tmp_path:
 
 
 # gemma4's later layers reuse keys and values, but may have such tensors; and transformers has no
-# layers for multi-token prediction.
+# layers for multi-token prediction, which glm_ocr has behind the others.
 _LAST = "model.language_model.layers.2.self_attn"
 UNREAD = {
     GEMMA4: {f"{_LAST}.{name}.weight": 32 for name in ("k_proj", "v_proj", "k_norm")},
+    ("glm_ocr", "glm_ocr_text", SHIPPED): {"model.language_model.layers.2.eh_proj.weight": 32},
     ("qwen3_5", "qwen3_5_text", SHIPPED): {"mtp.layers.0.mlp.gate_proj.weight": 32},
 }
 

@@ -31,14 +31,16 @@ For each, the target's tensors from the first row on, with their numbers of rows
 config keys: "num_attention_heads*head_dim".
 """
 
+_PREDICTS = "transformers has no layers for multi-token prediction"
 _UNREAD: Sequence[tuple[re.Pattern[str], str]] = (
     (
         re.compile(r"(\w+\.)*layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
         "rotary frequencies are computed from the config",
     ),
-    (re.compile(r"mtp\..+"), "transformers has no layers for multi-token prediction"),
+    (re.compile(r"mtp\..+"), _PREDICTS),
 )
-_KEYS_OR_VALUES = re.compile(r"(\d+)\.self_attn\.[kv]_(proj|norm)\.weight")
+_LAYER = re.compile(r"(\d+)\.(self_attn\.[kv]_(?:proj|norm)\.weight$)?")
+"""A layer's number, and the name of its keys or values."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,16 @@ def why_unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str
     """Return why transformers ignores a tensor, or None if it reads it; `values` are effective."""
     found = next((why for pattern, why in _UNREAD if pattern.fullmatch(name)), None)
     before, _ = family.layer.split("{layer}")
-    own = _KEYS_OR_VALUES.fullmatch(name.removeprefix(before)) if name.startswith(before) else None
-    layers, sharing = (values.get(key) for key in ("num_hidden_layers", "num_kv_shared_layers"))
-    if own and type(layers) is int and type(sharing) is int and int(own[1]) >= layers - sharing:
+    layer = _LAYER.match(name.removeprefix(before)) if name.startswith(before) else None
+    keys = ("num_hidden_layers", "num_kv_shared_layers", "num_nextn_predict_layers")
+    layers, sharing, predicting = (values.get(key) for key in keys)
+    if layer is None or type(layers) is not int:
+        return found
+    index = int(layer[1])
+    if layer[2] and type(sharing) is int and layers - sharing <= index < layers:
         return "its layer reuses the keys and values of an earlier one (num_kv_shared_layers)"
+    if type(predicting) is int and layers <= index < layers + predicting:
+        return _PREDICTS
     return found
 
 

@@ -360,6 +360,14 @@ _ROWS: Sequence[DenseFamily] = (
 )
 DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}
 _TEXT_ROWS: Sequence[DenseFamily] = (
+    DenseFamily("glm4v_text", mlp=_GATE_UP),
+    DenseFamily("glm_ocr_text", mlp=_GATE_UP),
+    DenseFamily("granite4_vision_text", has_obsolete_code=True),
+    DenseFamily("granite_docling_text"),
+    DenseFamily("hunyuan_vl_text"),
+    DenseFamily("muse_glimmer_text", **_GEMMA),
+    DenseFamily("paddleocr_vl_text", has_obsolete_code=True),
+    DenseFamily("qwen2_vl_text", windows=_LAST_SLIDE),
     DenseFamily("qwen2_5_vl_text", windows=_LAST_SLIDE),
     DenseFamily("qwen3_vl_text", targets=("qwen3_vl_moe_text",)),
 )

@@ -56,7 +56,7 @@ class Wrapper:
     is_flat: bool = False
     """Whether its config may hold the text model's settings at the top level."""
     renamed: Names = ()
-    """Parts of names in files with their in-memory replacement."""
+    """Parts of names in files with their in-memory replacement, outside of the text model."""
     kept: Names = ()
     """More of them, which shipped code keeps: transformers renames these for it, too."""
 
@@ -113,7 +113,8 @@ class Inside:
     def moved(self, name: str, other: Inside) -> str:
         """Map a name of this checkpoint to its name in another one."""
         moved = other._in_file(self._loaded(name))
-        return moved if other.names else replace_parts(moved, self.wrapper.renamed)
+        stays = other.names or self.is_text(name)
+        return moved if stays else replace_parts(moved, self.wrapper.renamed)
 
     def _loaded(self, name: str) -> str:
         for file, memory in self.names:
@@ -137,6 +138,11 @@ _LLAVA: Any = {
     # transformers 4 reads only the old names, and 5 reads both.
     "kept": ((".vision_tower.vision_model.", ".vision_tower."),),
 }
+_FLAT: Any = {"ties_by_text": True, "is_flat": True}
+_QWEN: Any = {
+    **_FLAT,
+    "names": ((("model.", _TEXT), ("lm_head.", "lm_head."), ("", MODEL_PREFIX)),),
+}
 _ROWS: Sequence[Wrapper] = (
     Wrapper(
         "llava",
@@ -152,14 +158,44 @@ _ROWS: Sequence[Wrapper] = (
         natives=("mixtral", "qwen2_moe"),
     ),
     Wrapper("gemma3", ("gemma3_text",), **_LLAVA),
+    Wrapper("qwen2_vl", ("qwen2_vl_text",), **_QWEN),
+    Wrapper("qwen2_5_vl", ("qwen2_5_vl_text",), **_QWEN),
+    Wrapper("glm4v", ("glm4v_text",), ties_by_text=True),
+    Wrapper("glm46v", ("glm4v_text",)),
+    Wrapper("glmga", ("glm4v_text",)),
+    Wrapper("glm_ocr", ("glm_ocr_text",), ties_by_text=True),
+    Wrapper("gemma3n", ("gemma3n_text",)),
     Wrapper(
-        "qwen2_5_vl",
-        ("qwen2_5_vl_text",),
-        names=(
-            (("model.", "model.language_model."), ("lm_head.", "lm_head."), ("", MODEL_PREFIX)),
+        "gemma4_unified",
+        ("gemma4_unified_text",),
+        renamed=(
+            ("vision_embedder.p", "embed_vision.p"),
+            ("embed_vision.emb", "embed_vision.multimodal_embedder.emb"),
         ),
-        ties_by_text=True,
-        is_flat=True,
+    ),
+    Wrapper("granite4_vision", ("granite4_vision_text",)),
+    Wrapper("granite_docling", ("granite_docling_text",), text="text_model"),
+    Wrapper("muse_glimmer", ("muse_glimmer_text",)),
+    Wrapper(
+        "paddleocr_vl",
+        ("paddleocr_vl_text",),
+        **_FLAT,
+        names=((("model.", _TEXT), ("mlp_AR.", "model.projector."), ("visual.", "model.visual.")),),
+    ),
+    Wrapper(
+        "hunyuan_vl",
+        ("hunyuan_vl_text",),
+        **_FLAT,
+        names=((("model.", _TEXT), ("vit.", "model.vision_tower.")),),
+        renamed=(
+            (".dense_h_to_4h.", ".fc1."),
+            (".dense_4h_to_h.", ".fc2."),
+            (".input_layernorm.", ".layer_norm1."),
+            (".post_attention_layernorm.", ".layer_norm2."),
+            (".proj.0.", ".proj_conv."),
+            (".proj.2.", ".proj_out."),
+            (".perceive.", ".patch_merger."),
+        ),
     ),
     Wrapper(
         "qwen3_vl",

@@ -55,7 +55,10 @@ def picture_with_text(model: Model) -> dict[str, torch.Tensor]:
     shape, others = _picture(known, config)
     inputs = {"pixel_values": torch.randn(shape, generator=generator), **others}
     seen = base.get_image_features(**inputs, return_dict=True)
-    made = seen.last_hidden_state if seen.pooler_output is None else seen.pooler_output
+    made = seen.pooler_output
+    if made is None:
+        layers = getattr(seen, "deepstack_features", None)  # features to add to several layers
+        made = layers[0][1] if layers else seen.last_hidden_state
     pieces = made if isinstance(made, list | tuple) else [made]
     count = sum(piece.numel() // piece.shape[-1] for piece in pieces)
     stated = [value for key, value in config.to_dict().items() if "token" in key]
@@ -81,8 +84,11 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
     vision = _vision(config)
     side = _SIDE * getattr(vision, "pooling_kernel_size", getattr(vision, "spatial_merge_size", 2))
     count, grid = side**2, torch.tensor([[side, side]])
-    patch = _side(getattr(vision, "patch_size", 0))
-    flat = (count, _CHANNELS * getattr(vision, "temporal_patch_size", 1) * patch**2)
+    patch = _side(getattr(vision, "model_patch_size", getattr(vision, "patch_size", 0)))
+    frames = getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1))
+    flat: tuple[int, ...] = (count, _CHANNELS * frames * patch**2)
+    if vision.model_type == "paddleocr_vl_vision":
+        flat = (count, _CHANNELS, patch, patch)
     grids = {"image_grid_thw": torch.tensor([[1, side, side]])}
     mask = {"pixel_attention_mask": torch.ones(1, count, dtype=torch.long)}
     places = torch.cartesian_prod(*[torch.arange(side)] * 2)[None]
@@ -99,14 +105,15 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
         return patches
     if vision is config:  # it has no vision tower, and embeds patches
         return (1, *flat), {}
-    stated = getattr(vision, "image_size", None) or getattr(vision, "resolution", None)
-    size = _side(stated or vision.model_args["img_size"])
+    size = _pixels(config, vision)
     shape: tuple[int, ...] = (1, _CHANNELS, size, size)
     others: dict[str, torch.Tensor] = {}
     if tiled := getattr(config, "image_grid_pinpoints", None):
         height, width = min(tiled, key=math.prod)
         tiles = 1 + -(-height // size) * -(-width // size)  # the first shows the whole picture
         shape, others = (1, tiles, *shape[1:]), {"image_sizes": torch.tensor([[height, width]])}
+    elif "tile_fine_mask" in known:
+        shape, others = (1, *shape), {"pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
     elif "pixel_attention_mask" in known or config.model_type == "perception_lm":
         shape = (1, *shape)
     elif high := getattr(config, "high_res_vision_config", None):
@@ -118,6 +125,14 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
     elif "image_sizes" in known and not hasattr(vision, "image_size"):
         others = {"image_sizes": torch.tensor([[size, size]])}
     return shape, others
+
+
+def _pixels(config: Any, vision: Any) -> int:  # noqa: ANN401
+    """Return the side of a picture for a vision tower with one size."""
+    if tokens := getattr(config, "vision_soft_tokens_per_image", None):
+        return 32 * math.isqrt(tokens)  # gemma3n's makes as many of any picture
+    stated = getattr(vision, "image_size", None) or getattr(vision, "resolution", None)
+    return _side(stated or vision.model_args["img_size"])
 
 
 def _side(value: int | Sequence[int]) -> int:
