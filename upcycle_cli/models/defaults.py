@@ -146,6 +146,8 @@ class ConfigValues:
         own = self.keys.get(key, key)
         default = self.defaults.get(own)
         value = config.get(own, default)
+        if key == "intermediate_size" and isinstance(value, list) and value[1:] == value[:-1]:
+            value = next(iter(value), None)  # gemma3n states the size of each layer
         if value is None and key == "intermediate_size" and key in self.keys:
             return 4 * self["hidden_size"]  # the meaning of null in these types
         if default is not None and type(value) is type(default) and value == default:

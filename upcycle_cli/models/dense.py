@@ -85,8 +85,6 @@ class DenseFamily:
     """Returns the kind of each layer."""
     mlp_layer: str = "layer"
     """The kind of layers whose MLPs can become experts."""
-    width_by_layer: bool = False
-    """Whether intermediate_size may be a list with the size of each layer."""
     windows: Callable[[defaults.ConfigValues, int], Windows] = lambda _, count: (None,) * count
     targets: tuple[str, ...] = ()
     """The targets, the default first. Shipped code is the last one unless it is listed: native
@@ -99,12 +97,6 @@ class DenseFamily:
     def with_current_keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config with old keys renamed."""
         stated = {new: config[old] for old, new in self.old_keys.items() if old in config}
-        widths = config.get("intermediate_size")
-        if self.width_by_layer and isinstance(widths, list) and widths:
-            if any(width != widths[0] for width in widths):
-                words = "intermediate_size differs from layer to layer, but all experts need one"
-                raise UpcycleError(f"config.json: {words}.")
-            stated["intermediate_size"] = widths[0]
         return {key: value for key, value in config.items() if key not in self.old_keys} | stated
 
     @property
@@ -149,15 +141,13 @@ def why_unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str
     before, _ = family.layer.split("{layer}")
     layer = _LAYER.match(name.removeprefix(before)) if name.startswith(before) else None
     keys = ("num_hidden_layers", "num_kv_shared_layers", "num_nextn_predict_layers")
-    layers, sharing, predicting = (values.get(key) for key in keys)
-    if layer is None or type(layers) is not int:
+    counts = [values.get(key) or 0 for key in keys]
+    if layer is None or any(type(count) is not int for count in counts):
         return found
-    index = int(layer[1])
-    if layer[2] and type(sharing) is int and layers - sharing <= index < layers:
+    (layers, sharing, predicting), index = counts, int(layer[1])
+    if layer[2] and layers - sharing <= index < layers:
         return "its layer reuses the keys and values of an earlier one (num_kv_shared_layers)"
-    if type(predicting) is int and layers <= index < layers + predicting:
-        return _PREDICTS
-    return found
+    return _PREDICTS if layers <= index < layers + predicting else found
 
 
 @dataclass(frozen=True, repr=False)

@@ -198,12 +198,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("gemma", norm_offset=1.0),
     DenseFamily("gemma2", **_GEMMA),
     DenseFamily("gemma3_text", **_GEMMA),
-    DenseFamily(
-        "gemma3n_text",
-        **_GEMMA4,
-        kinds=_sparse_layers,
-        width_by_layer=True,
-    ),
+    DenseFamily("gemma3n_text", **_GEMMA4, kinds=_sparse_layers),
     DenseFamily("gemma4_text", **_GEMMA4, targets=("gemma4_text",)),
     DenseFamily("gemma4_unified_text", **_GEMMA4),
     DenseFamily(

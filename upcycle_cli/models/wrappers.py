@@ -170,7 +170,7 @@ _ROWS: Sequence[Wrapper] = (
         ("gemma4_unified_text",),
         renamed=(
             ("vision_embedder.p", "embed_vision.p"),
-            ("embed_vision.emb", "embed_vision.multimodal_embedder.emb"),
+            ("vision.emb", "vision.multimodal_embedder.emb"),
         ),
     ),
     Wrapper("granite4_vision", ("granite4_vision_text",)),

@@ -105,7 +105,9 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
         return patches
     if vision is config:  # it has no vision tower, and embeds patches
         return (1, *flat), {}
-    size = _pixels(config, vision)
+    tokens = getattr(config, "vision_soft_tokens_per_image", 0)  # gemma3n's, from any picture
+    stated = getattr(vision, "image_size", None) or getattr(vision, "resolution", None)
+    size = 32 * math.isqrt(tokens) or _side(stated or vision.model_args["img_size"])
     shape: tuple[int, ...] = (1, _CHANNELS, size, size)
     others: dict[str, torch.Tensor] = {}
     if tiled := getattr(config, "image_grid_pinpoints", None):
@@ -125,14 +127,6 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
     elif "image_sizes" in known and not hasattr(vision, "image_size"):
         others = {"image_sizes": torch.tensor([[size, size]])}
     return shape, others
-
-
-def _pixels(config: Any, vision: Any) -> int:  # noqa: ANN401
-    """Return the side of a picture for a vision tower with one size."""
-    if tokens := getattr(config, "vision_soft_tokens_per_image", None):
-        return 32 * math.isqrt(tokens)  # gemma3n's makes as many of any picture
-    stated = getattr(vision, "image_size", None) or getattr(vision, "resolution", None)
-    return _side(stated or vision.model_args["img_size"])
 
 
 def _side(value: int | Sequence[int]) -> int:
