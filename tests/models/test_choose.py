@@ -117,10 +117,6 @@ def test_a_target_that_cannot_express_a_model(
         ({"model_type": "olmoe", "num_experts": 64}, "this is a mixture of experts already"),
         ({"model_type": "llama", "num_local_experts": 4}, "this is a mixture of experts already"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 8}, "a mixture of experts already"),
-        (
-            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
-            "the weights are quantised (gptq in config.json).",
-        ),
     ],
 )
 def test_a_model_that_is_no_dense_one(config: dict[str, Any], message: str) -> None:

@@ -22,6 +22,7 @@ from conftest import (
     read_tensors,
     validate_json,
 )
+from quantised import save_fp8
 from refusals import assert_refused, invoke
 from safetensors.torch import save_file
 
@@ -227,6 +228,13 @@ def test_grow_what_upcycle_made_and_name_the_two_steps(llama: Path, tmp_path: Pa
     assert (report.status, report.promise) == ("passed", "exact"), report
     steps = f"upcycle verify {llama} SOURCE && upcycle verify SOURCE '{made}'"
     assert_refused(invoke("verify", llama, made), "it grew from the MoE first", steps)
+
+
+def test_grow_an_fp8_moe(make_moe: MakeMoe, tmp_path: Path) -> None:
+    source = save_fp8(make_moe("qwen3_moe"), tmp_path / "fp8")
+    made = convert(source, tmp_path / "moe", Growth(expand=2)).output
+    report = verify(source, made, texts=FEW)
+    assert (report.status, report.promise) == ("passed", "exact"), report
 
 
 MOE = "model.layers.0.block_sparse_moe"

@@ -1,27 +1,43 @@
 """FP8 checkpoints: which scale belongs to which weight, so that weights are computed when read.
 
-The config says how weights are quantised, the names and shapes of the tensors say where the scales
-are. What does not fit is an error: a weight without its scale would be read as noise.
+What does not fit is an error: an FP8 weight without its scale looks like any other, and is noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
-from upcycle_cli.checkpoint.made import FP8_DTYPES, Dequantize, Made, Source
+from upcycle_cli.checkpoint.made import FP8_DTYPES, Dequantize, Made, Source, stored_parts
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.text import any_of
 
 _KEY = "quantization_config"
-_METHODS = ("fp8", "compressed-tensors", "fbgemm_fp8", "modelopt")
-"""Methods whose FP8 weights are the stored values times a scale."""
+_FORMATS: Mapping[str, tuple[str, tuple[object, ...]]] = {
+    "fp8": ("expert_dtype", (None, "fp8")),
+    "fbgemm_fp8": ("quant_method", ("fbgemm_fp8",)),
+    "compressed-tensors": ("format", ("float-quantized", "naive-quantized")),
+    "modelopt": ("quant_algo", ("FP8",)),
+}
+"""Methods whose FP8 weights are the stored values times a scale, if a setting has such a value."""
+_COMMANDS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("gptq", "awq", "compressed-tensors", "modelopt", "bitsandbytes"),
+        "gptqmodel.utils.model_dequant import dequantize_model; dequantize_model('DIRECTORY', "
+        "'NEW')",
+    ),
+    "mxfp4": "transformers import AutoModelForCausalLM, Mxfp4Config; AutoModelForCausalLM"
+    ".from_pretrained('DIRECTORY', quantization_config=Mxfp4Config(dequantize=True))"
+    ".save_pretrained('NEW')",
+}
+"""Imports and calls that write a checkpoint in bfloat16, by method."""
+_OTHER = "Use the bf16 or fp16 release of the model, and quantise the result."
 _SCALES = ("_scale_inv", "_scale")
 """Endings of the names of scales, after the name of the weight."""
 _SCALE_DTYPES = (*TORCH_DTYPES, "F8_E8M0", "U8")
-_UNNEEDED = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale", "output_scale")
-"""Endings of the names of scales of what is no weight."""
+_UNNEEDED = ("input_scale", "activation_scale", "scale_ub", *(f".{x}_scale" for x in "qkv"))
+_WHY = "scales of activations or of a cache, which are not quantised any more"
+"""Endings of the names of scales of activations and caches, and why they are left out."""
 
 
 def dequantized(
@@ -33,66 +49,88 @@ def dequantized(
     """
     settings = config.get(_KEY)
     weights = [entry for entry in stored.values() if entry.dtype in FP8_DTYPES]
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method not in _METHODS or not isinstance(settings, dict):
+    if settings is None:
+        if weights:
+            words = f"{weights[0].name} is stored as {weights[0].dtype}, but config.json does not"
+            raise _misfit(f"{words} say how it is quantised ({_KEY}).")
         return dict(config), {}, {}
+    _check_method(settings if isinstance(settings, dict) else {})
     if not weights:
-        words = f"the weights are quantised ({method} in config.json), but no tensor is FP8."
-        raise UpcycleError(words, "Download or copy the checkpoint again.")
-    block, dtype = _block(settings), _dtype(config)
+        raise _misfit(f"the weights are quantised ({_KEY} in config.json), but none is FP8.")
+    blocks = {*_blocks(settings)}
+    if len(blocks) > 1:
+        raise UpcycleError(f"config.json: {_KEY} has blocks of several sizes.", _OTHER)
+    dtype = "F16" if "float16" in (config.get("dtype"), config.get("torch_dtype")) else "BF16"
     made: dict[str, Made] = {}
     for entry in weights:
-        scale = next((stored[entry.name + e] for e in _SCALES if entry.name + e in stored), None)
+        names = [entry.name + end for end in _SCALES]
+        scale = next((stored[name] for name in names if name in stored), None)
         if scale is None:
-            raise UpcycleError(
-                f"{entry.name} is FP8, and {entry.name}{_SCALES[0]} is missing.",
-                "Download or copy the checkpoint again.",
-            )
-        made[entry.name] = _scaled(entry, scale, block, dtype)
-    why = "scales of FP8 activations or of an FP8 cache"
-    left_out = {name: why for name in stored if name.endswith(_UNNEEDED)}
+            raise _misfit(f"{entry.name} is FP8, and {names[0]} is missing.")
+        made[entry.name] = _scaled(entry, scale, next(iter(blocks), None), dtype)
+    used = {part.name for each in made.values() for part in stored_parts(each)}
+    left_out = dict.fromkeys((name for name in stored if name.endswith(_UNNEEDED)), _WHY)
+    for name in stored.keys() - used - left_out.keys():
+        owner = name.removesuffix(_SCALES[0]).removesuffix(_SCALES[1])
+        if owner != name and (owner in stored or owner.endswith(".weight")):
+            raise _misfit(f"{name} is the scale of no FP8 weight.")
     return {key: value for key, value in config.items() if key != _KEY}, made, left_out
 
 
-def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the rows and columns of a block; None for a scale per tensor or per channel."""
-    match settings.get("weight_block_size"):
-        case None:
-            return None
-        case [int(rows), int(columns)] if min(rows, columns) > 0:
-            return rows, columns
-        case found:
-            words = f"{_KEY} in config.json has weight_block_size {shown(found)}"
-            raise UpcycleError(f"{words}, not two sizes.", "Download the config again.")
+def _check_method(settings: Mapping[str, Any]) -> None:
+    """Raise UpcycleError unless weights are values times scales."""
+    method = str(settings.get("quant_method") or _KEY)
+    key, values = _FORMATS.get(method, ("", ()))
+    if settings.get(key) in values and not settings.get("transform_config"):
+        return
+    hint = _OTHER
+    if method in _COMMANDS:
+        hint += f' Or write it in bfloat16: python -c "from {_COMMANDS[method]}"'
+    raise UpcycleError(f"the weights are quantised ({method} in config.json).", hint)
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
-    """Return the dtype that weights are rounded to: the config's, or else bfloat16."""
-    named = config.get("dtype") or config.get("torch_dtype")
-    return {"float16": "F16"}.get(str(named), "BF16")
+def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Yield the rows and columns of blocks; none for a scale per tensor or per channel."""
+    groups = settings.get("config_groups")
+    found = [settings.get("weight_block_size")]
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            size = weights.get("group_size")
+            found += [weights.get("block_structure"), [1, size] if size else None]
+    for block in found:
+        match block:
+            case None | [1, -1]:
+                pass
+            case [int(rows), int(columns)] if rows > 0 and columns > 0:
+                yield rows, columns
+            case _:
+                raise UpcycleError(
+                    f"config.json: {_KEY} has weight_block_size {shown(block)}.", _OTHER
+                )
 
 
 def _scaled(
     weight: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None, dtype: str
 ) -> Dequantize:
-    *stack, height, width = weight.shape if len(weight.shape) > 1 else (0, 0)
-    sizes = ((height, width), (1, width)) if block is None else (block,)
-    wanted = {
-        (*stack, -(-height // rows), -(-width // columns)): (rows, columns)
-        for rows, columns in sizes
-        if height and width
-    }
-    # A scale per tensor or per channel may lack the dimensions of one entry at the end.
-    for shape, found in wanted.items():
-        if _trimmed(shape) == _trimmed(scale.shape) and scale.dtype in _SCALE_DTYPES:
-            held = Source(weight.name, weight.dtype, weight.shape)
-            return Dequantize(held, Source(scale.name, scale.dtype, shape), found, dtype)
-    needs = any_of([[*shape] for shape in wanted]) if wanted else "a matrix"
-    words = f"{scale.name} is {scale.dtype} of shape {[*scale.shape]}, but {weight.name} needs"
-    raise UpcycleError(f"{words} {needs}.", "Download or copy the checkpoint again.")
+    *stack, height, width = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
+    for rows, columns in [block] if block else [(height, width), (1, width)]:
+        grid = (*stack, -(-height // max(1, rows)), -(-width // max(1, columns)))
+        if _bare(grid) == _bare(scale.shape):
+            break
+    else:
+        words = f"{scale.name} has shape {[*scale.shape]}, but {weight.name} needs {[*grid]}"
+        raise _misfit(f"{words}{f' in blocks of {[*block]}' if block else ' or one value'}.")
+    if scale.dtype not in _SCALE_DTYPES:
+        raise _misfit(f"{scale.name} is stored as {scale.dtype}.")
+    held = Source(weight.name, weight.dtype, weight.shape)
+    return Dequantize(held, Source(scale.name, scale.dtype, grid), (rows, columns), dtype)
 
 
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while shape and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without the ones at its end."""
+    return _bare(shape[:-1]) if shape[-1:] == (1,) else shape
+
+
+def _misfit(words: str) -> UpcycleError:
+    return UpcycleError(words, "Download or copy the checkpoint again.")

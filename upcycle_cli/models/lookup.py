@@ -43,7 +43,7 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     """Return the family of a dense config, or of a wrapper's text model.
 
     `names` are the source's tensors, which show the name prefixes of a wrapper. Raises UpcycleError
-    for an MoE, a quantised model or an unsupported model type.
+    for an MoE or an unsupported model type.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -58,18 +58,7 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     if model_type not in DENSE and not is_wrapper:
         why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
         raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
-    _refuse_quantised(config)
     return family_of(config, names)
-
-
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UpcycleError(
-            f"the weights are quantised ({method or 'quantization_config'} in config.json).",
-            "Use the bf16 or fp16 release of the model, and quantise the result.",
-        )
 
 
 def dense_model(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseModel:
@@ -235,7 +224,7 @@ def _inside(row: DenseFamily, inside: wrappers.Inside) -> DenseFamily:
 def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
     """Return the row of an MoE that can be grown; `names` are its tensors.
 
-    Raises UpcycleError for a dense or quantised model, and if copied experts would be inexact.
+    Raises UpcycleError for a dense model, and if copied experts would be inexact.
     """
     model_type = config.get("model_type")
     if not is_moe(config):
@@ -248,7 +237,6 @@ def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
             f"a mixture of experts of model type {model_type} cannot be grown yet.",
             f"These can: {', '.join(GROWABLE)}.",
         )
-    _refuse_quantised(config)
     target = target_of(config, names)
     groups, chosen = (target.value(config, key) for key in ("n_group", "topk_group"))
     if groups not in (None, 1) and groups != chosen:

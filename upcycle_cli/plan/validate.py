@@ -14,7 +14,7 @@ from upcycle_cli.models.layers import by_layer
 def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     """Return the tensors to drop, each with the reason.
 
-    Raises UpcycleError for tensors that are missing, unknown, misshapen or quantised.
+    Raises UpcycleError for tensors that are missing, unknown, misshapen or of another dtype.
     """
     unread = {name: why_unread(name, dense.family, dense.values) for name in source.tensors}
     dropped = {name: why for name, why in unread.items() if why}
