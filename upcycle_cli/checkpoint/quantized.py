@@ -106,7 +106,8 @@ def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
                 yield rows, columns
             case _:
                 raise UpcycleError(
-                    f"config.json: {_KEY} has weight_block_size {shown(block)}.", _OTHER
+                    f"config.json: {_KEY} has weight_block_size {shown(block)}, not two sizes.",
+                    _OTHER,
                 )
 
 
