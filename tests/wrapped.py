@@ -244,7 +244,7 @@ def recipe(row: Row) -> Recipe:
 def load(path: Path) -> Any:  # noqa: ANN401 - transformers is untyped
     from transformers import AutoModelForImageTextToText
 
-    code = "auto_map" in read_json(path / "config.json")
+    code = read_json(path / "config.json")["model_type"].startswith("upcycled_")
     model, info = AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, trust_remote_code=code
     )
