@@ -112,6 +112,18 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     },
     "granite_docling": {"vision_config": {"scale_factor": 2}},
     "hunyuan_vl": {"vision_config": {"text_hidden_size": 32, "max_image_size": 16}},
+    "fast_vlm": {
+        "vision_config": {
+            "architecture": "fastvit_mci3",
+            "model_args": {
+                "inference_mode": True,
+                "layers": [1] * 5,
+                "embed_dims": [32] * 5,
+                "mlp_ratios": [2] * 5,
+            },
+            "hidden_size": 64,
+        },
+    },
     "fuyu": {"image_size": 16, "patch_size": 4},
     "muse_glimmer": {
         "out_hidden_size": 64,

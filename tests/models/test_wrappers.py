@@ -15,7 +15,9 @@ import pytest
 import torch
 import wrapped
 from conftest import REMOVED, clone, difference, read_json, read_tensors
+from find_families import unknown_wrappers, wrapper_row
 from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING
 from wrapped import Row
 
 from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint
@@ -23,6 +25,7 @@ from upcycle_cli.models.overview import families
 from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED
 
+_HEAD = ("language_model.lm_head.", "lm_head.")
 LLAVA: Row = ("llava", "llama", "mixtral")
 GEMMA3: Row = ("gemma3", "gemma3_text", SHIPPED)
 GEMMA4: Row = ("gemma4", "gemma4_text", SHIPPED)
@@ -60,9 +63,29 @@ def distance(dense: Path, moe: Path) -> float:
     return difference(wrapped.logits(wrapped.load(moe), inputs), wrapped.logits(before, inputs))
 
 
-def test_every_wrapper_is_tested() -> None:
-    assert WRAPPERS.keys() == wrapped.AROUND.keys()
+def test_a_config_without_a_text_type_has_the_first_of_its_row() -> None:
+    usual = {name: CONFIG_MAPPING[name]().text_config for name in WRAPPERS}
+    assert {name: text.model_type for name, text in usual.items()} == {
+        name: row.texts[0] for name, row in WRAPPERS.items()
+    }
     assert families().wrappers["qwen3_vl"] == {"qwen3_vl_text": ("qwen3_vl_moe_text", SHIPPED)}
+
+
+def test_find_families_proposes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wrapper_row("idefics3") == 'Wrapper("idefics3", ("llama",), text="text_model"),'
+    proposed = wrapper_row("internvl")
+    for file, memory in (("language_model.model.", "model.language_model."), _HEAD):
+        assert str((file, memory)) in proposed
+    monkeypatch.delitem(WRAPPERS, "idefics3")
+    assert "idefics3" in unknown_wrappers()
+
+
+def test_an_old_name_of_the_text_type(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
+    usual = make_wrapper("exaone4_5", "exaone4")
+    text = read_json(usual / "config.json")["text_config"] | {"model_type": "exaone4_5_text"}
+    moe = convert(clone(usual, tmp_path / "dense", text_config=text), tmp_path / "moe", SOME).output
+    assert read_json(moe / "config.json")["text_config"]["model_type"] == "exaone4"
+    assert distance(usual, moe) < wrapped.SAME
 
 
 @pytest.mark.parametrize("row", wrapped.ROWS, ids="-".join)
@@ -73,12 +96,18 @@ def test_the_moe_answers_a_picture_and_a_text_as_the_dense_model(
     before, after = wrapped.load(dense), wrapped.load(moe)
     inputs = wrapped.picture_and_text(before)
     wanted = wrapped.logits(before, inputs)
-    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    [key] = [key for key in inputs if key.startswith("pixel_values")][:1]
+    other = {**inputs, key: -inputs[key]}
     assert difference(wrapped.logits(before, other), wanted) > 1e-2  # the picture matters
     assert difference(wrapped.logits(after, inputs), wanted) < wrapped.SAME
     how = {**inputs, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(after.generate(**how), before.generate(**how))
     assert wrapped.failures(dense, moe) == []
+    states = before.state_dict(), after.state_dict()
+    inner = f"model.{WRAPPERS[row[0]].text}."
+    around = [name for name in states[0] if not name.startswith((inner, "lm_head."))]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in around)
+    assert around
     again = Path(shutil.copytree(moe, tmp_path / "again"))
     after.save_pretrained(again)
     assert wrapped.failures(dense, again, ["directory", "weights"]) == []
@@ -124,6 +153,11 @@ def test_a_wrapper_without_vision_and_audio(make_wrapper: MakeWrapper, tmp_path:
 # layers for multi-token prediction, which glm_ocr has behind the others.
 _LAST = "model.language_model.layers.2.self_attn"
 UNREAD = {
+    ("cosmos3_omni", "qwen3_vl_text", SHIPPED): {
+        "layers.0.self_attn.add_q_proj.weight": 32,
+        "layers.0.mlp_moe_gen.up_proj.weight": 32,
+        "proj_out.weight": 32,
+    },
     GEMMA4: {f"{_LAST}.{name}.weight": 32 for name in ("k_proj", "v_proj", "k_norm")},
     ("glm_ocr", "glm_ocr_text", SHIPPED): {"model.language_model.layers.2.eh_proj.weight": 32},
     ("qwen3_5", "qwen3_5_text", SHIPPED): {"mtp.layers.0.mlp.gate_proj.weight": 32},

@@ -138,6 +138,8 @@ def rope_layers(values: Mapping[str, Any], count: int) -> Sequence[bool]:
 def why_unread(name: str, family: DenseFamily, values: Mapping[str, Any]) -> str | None:
     """Return why transformers ignores a tensor, or None if it reads it; `values` are effective."""
     found = next((why for pattern, why in _UNREAD if pattern.fullmatch(name)), None)
+    if family.inside and re.fullmatch(family.inside.wrapper.unread, name):
+        return f"transformers does not run this part of a {family.inside.wrapper.model_type}"
     before, _ = family.layer.split("{layer}")
     layer = _LAYER.match(name.removeprefix(before)) if name.startswith(before) else None
     keys = ("num_hidden_layers", "num_kv_shared_layers", "num_nextn_predict_layers")

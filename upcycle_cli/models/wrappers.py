@@ -45,6 +45,8 @@ class Wrapper:
     _: KW_ONLY
     names: tuple[Names, ...] = ((),)
     """How files may name its tensors; transformers writes the first."""
+    old_texts: tuple[str, ...] = ()
+    """Model types that early releases state for the first one."""
     text: str = "language_model"
     """The name of the text model within the base model."""
     natives: tuple[str, ...] = ()
@@ -55,8 +57,12 @@ class Wrapper:
     """Whether the text model's config can tie the head, too."""
     is_flat: bool = False
     """Whether its config may hold the text model's settings at the top level."""
+    unread: str = ""
+    """A regular expression for tensors that transformers ignores: parts that generate pictures."""
     renamed: Names = ()
     """Parts of names in files with their in-memory replacement, outside of the text model."""
+    text_renamed: Names = ()
+    """The same of the text model."""
     kept: Names = ()
     """More of them, which shipped code keeps: transformers renames these for it, too."""
 
@@ -113,8 +119,9 @@ class Inside:
     def moved(self, name: str, other: Inside) -> str:
         """Map a name of this checkpoint to its name in another one."""
         moved = other._in_file(self._loaded(name))
-        stays = other.names or self.is_text(name)
-        return moved if stays else replace_parts(moved, self.wrapper.renamed)
+        row = self.wrapper
+        renamed = row.text_renamed if self.is_text(name) else row.renamed
+        return moved if other.names else replace_parts(moved, renamed)
 
     def _loaded(self, name: str) -> str:
         for file, memory in self.names:
@@ -143,6 +150,10 @@ _QWEN: Any = {
     **_FLAT,
     "names": ((("model.", _TEXT), ("lm_head.", "lm_head."), ("", MODEL_PREFIX)),),
 }
+_CLOVA: Names = (
+    ("model.language_model.lm_head.", "lm_head."),
+    ("model.vision_projector.", "model.projector."),
+)
 _ROWS: Sequence[Wrapper] = (
     Wrapper(
         "llava",
@@ -208,11 +219,35 @@ _ROWS: Sequence[Wrapper] = (
     Wrapper("apertus1p5", ("apertus1p5_text",)),
     Wrapper("aya_vision", ("cohere2",), **_LLAVA),
     Wrapper("cohere2_vision", ("cohere2",), natives=("cohere2_moe",)),
+    Wrapper(
+        "cosmos3_omni",
+        ("qwen3_vl_text",),
+        names=(
+            (
+                *((name, _TEXT + name) for name in ("layers.", "embed_tokens.", "norm.")),
+                *((name, name) for name in ("lm_head.", "model.")),
+                ("", "model.visual."),
+            ),
+        ),
+        text_renamed=(
+            *((f".to_{part}.", f".{part}_proj.") for part in "qkv"),
+            (".to_out.", ".o_proj."),
+            (".norm_q.", ".q_norm."),
+            (".norm_k.", ".k_norm."),
+        ),
+        unread=r".*\.(add_[qkv]_proj|to_add_out|norm_added_[qk])\..+|.*moe_gen.*"
+        r"|((audio_|action_)?proj_(in|out)|time_embedder)\..+|(audio|action)_modality_embed",
+    ),
     Wrapper("deepseek_vl", ("llama",), natives=_ANY),
     Wrapper("deepseek_vl_hybrid", ("llama",), natives=_ANY),
-    Wrapper("exaone4_5", ("exaone4",)),
+    Wrapper("exaone4_5", ("exaone4",), old_texts=("exaone4_5_text",)),
     Wrapper("fuyu", ("persimmon",), **_LLAVA),
     Wrapper("got_ocr2", ("qwen2",), **_LLAVA, natives=_ANY),
+    Wrapper(
+        "hyperclovax_vision_v2",
+        ("hyperclovax",),
+        names=(_CLOVA, (("model.language_model.model.", _TEXT), *_CLOVA)),
+    ),
     # The connector is as wide as the text model's MLPs, which mixtral's config does not say.
     Wrapper("idefics2", ("mistral", "llama"), text="text_model", natives=("qwen2_moe",)),
     Wrapper("idefics3", ("llama",), text="text_model", natives=_ANY),
@@ -247,7 +282,10 @@ def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     tied = config.get("tie_word_embeddings", by_default)
     if wrapper.ties_by_text:
         tied = tied or text.get("tie_word_embeddings", False)
-    return {"model_type": wrapper.texts[0], **text, "tie_word_embeddings": tied}
+    found = {"model_type": wrapper.texts[0], **text, "tie_word_embeddings": tied}
+    if found["model_type"] in wrapper.old_texts:
+        found["model_type"] = wrapper.texts[0]
+    return found
 
 
 def with_text_config(

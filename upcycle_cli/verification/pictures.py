@@ -23,6 +23,8 @@ _BEFORE, _AFTER = 4, 12
 _SIDE = 2
 """Merged patches per side, if a picture may have any size."""
 _CHANNELS = 3
+_ANY_SIZE = 64
+"""Pixels per side, if the vision tower takes pictures of any size."""
 _Form = tuple[Sequence[int], Mapping[str, torch.Tensor]]
 
 
@@ -107,7 +109,9 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
         return (1, *flat), {}
     tokens = getattr(config, "vision_soft_tokens_per_image", 0)  # gemma3n's, from any picture
     stated = getattr(vision, "image_size", None) or getattr(vision, "resolution", None)
-    size = 32 * math.isqrt(tokens) or _side(stated or vision.model_args["img_size"])
+    size = 32 * math.isqrt(tokens) or _side(
+        stated or (vision.model_args or {}).get("img_size", _ANY_SIZE)
+    )
     shape: tuple[int, ...] = (1, _CHANNELS, size, size)
     others: dict[str, torch.Tensor] = {}
     if tiled := getattr(config, "image_grid_pinpoints", None):
