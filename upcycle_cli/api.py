@@ -322,7 +322,7 @@ def _assist(plan: Plan, request: Request, team: Team) -> Conversion:
 def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
     from upcycle_cli.verification.verify import verify
 
-    dense, *others = (source.path for source in plan.sources)
+    dense, *others = (source.local for source in plan.sources)
     rows = plan.inputs.rows
     try:
         return verify(

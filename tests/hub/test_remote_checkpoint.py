@@ -152,7 +152,7 @@ API = "/api/models/acme/tiny"
         ("acme/gated", TOKEN, (), ["access to acme/gated is restricted", "/acme/gated"]),
         ("acme/gated", None, (), ["you are not signed in", "hf auth login"]),
         ("acme/empty", TOKEN, (), ["acme/empty has no config.json"]),
-        ("acme/lora", TOKEN, (), ["acme/lora is an adapter", "merge_and_unload"]),
+        ("acme/lora", TOKEN, (), ["acme/lora is an adapter", "BASE+acme/lora"]),
         (f"{REPO}@absent", TOKEN, (), [f"{REPO} has no revision 'absent'"]),
         (REPO, "hf_wrong", (), ["refuses the token", "HF_TOKEN"]),
         # A Hub that keeps failing.

@@ -38,6 +38,7 @@ def save(path: Path, content: object) -> Path:
         ({"experts_per_token": 1, "dtype": "float16"}, {"recipe": "E2G1T1", "dtype": "float16"}),
         ({"architecture": "qwen3"}, {"target": "qwen3_moe"}),
         ({"base_model": "org/a@main"}, {"source": "org/a", "revision": "main"}),
+        ({"base_model": "org/a@main+l@v1"}, {"source": "org/a@main+l@v1"}),
     ],
     ids=str,
 )
@@ -68,7 +69,6 @@ def experts(**changes: object) -> dict[str, Any]:
         ({**CONTENT, "base_model": None}, "base_model"),
         (experts(noise_scale=0.1), "experts[0].noise_scale"),
         (experts(residual_scale=0.5), "experts[0].residual_scale"),
-        (experts(source_model="b+lora"), "experts[0].source_model"),
         (experts(source_model={}), "experts[0].source_model"),
         (experts(weight=1), "experts[0].weight"),
     ],

@@ -78,7 +78,8 @@ class Checkpoint(Compact):
     def name(self) -> str:
         """The repo id when the directory is a snapshot in the Hub cache, else its own name."""
         # The record and the card contain it, so it must be valid Unicode.
-        return self.repo or printable(self.path.resolve().name)
+        own = self.repo or printable(self.path.resolve().name)
+        return own if self.adapter is None else f"{own}+{self.adapter.name}"
 
     @property
     def repo(self) -> str | None:
@@ -98,7 +99,18 @@ class Checkpoint(Compact):
     @property
     def location(self) -> str:
         """The directory, or REPO@COMMIT when the directory is a snapshot in the Hub cache."""
-        return str(self.path) if self.repo is None else f"{self.repo}@{self.revision}"
+        own = str(self.path) if self.repo is None else f"{self.repo}@{self.revision}"
+        return own if self.adapter is None else f"{own}+{self.adapter.location}"
+
+    @property
+    def base_and_adapter(self) -> tuple[Checkpoint, ...]:
+        """The checkpoint without its adapter, and the adapter, if any."""
+        return (self,) if self.adapter is None else (replace(self, adapter=None), self.adapter)
+
+    @property
+    def local(self) -> str:
+        """The directory, with an adapter BASE+ADAPTER."""
+        return "+".join(str(each.path) for each in self.base_and_adapter)
 
     @property
     def nbytes(self) -> int:
@@ -177,14 +189,19 @@ class Checkpoint(Compact):
 
     def download(self) -> Checkpoint:
         """Download what is missing and return the local checkpoint; UpcycleError if it differs."""
+        adapter = self.adapter and self.adapter.download()
         if self.storage.is_local:
-            return self
+            return replace(self, adapter=adapter)
         self.storage.download([*self.files, *self.storage.matching([CARD_NAME])])
-        local = open_checkpoint(self.path)
-        if local.stored != self.stored or local.config_digest != self.config_digest:
+        files = Storage(self.path)
+        shards = tuple(read_shard_header(files, shard.name)[0] for shard in self.shards)
+        if [shard.digest for shard in shards] != [shard.digest for shard in self.shards]:
             words = f"{self.path} differs from what its headers said before the download."
             raise UpcycleError(words, "Run the command again.")
-        return replace(local, tensors=self.tensors, made=self.made)
+        companions = tuple(files.stamp(file.name) for file in self.companions)
+        local = replace(self, storage=files, shards=shards, companions=companions, adapter=adapter)
+        local.check_unchanged()
+        return local
 
     def check_unchanged(self) -> None:
         """Raise UpcycleError when a file changed since the checkpoint was opened."""

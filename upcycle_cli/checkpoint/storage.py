@@ -27,7 +27,11 @@ REPORT_NAME = "verification.html"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
 ADAPTER_NAME = "adapter_config.json"
-"""The config file of a peft adapter."""
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+MERGE_WITH_PEFT = (
+    "Load its base model and it with peft, merge it (merge_and_unload()), save the result "
+    "(save_pretrained(DIRECTORY)) and give that directory."
+)
 
 LICENCES = ("*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
 FREE_TEXTS = (
@@ -241,12 +245,9 @@ def find_adapter(storage: Storage) -> UpcycleError | None:
 
 
 def adapter(place: str) -> UpcycleError:
-    """Return the error for an adapter in place of a model, which says how to merge it."""
-    return UpcycleError(
-        f"{place} is an adapter, not a whole model.",
-        "Load its base model and it with peft, merge it (merge_and_unload()), save the result "
-        "(save_pretrained(DIRECTORY)) and give that directory.",
-    )
+    """Return the error for an adapter in place of a model."""
+    hint = f"Give it with its base model: BASE+{place}"
+    return UpcycleError(f"{place} is an adapter, not a whole model.", hint)
 
 
 def refuse_missing(path: Path | str, hint: str | None = None) -> None:

@@ -94,8 +94,12 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     values["expert_layout"] = str(plan.expert_layout)
     if is_repo_id(given["source"]) and plan.source.revision is not None:
         values["revision"] = plan.source.revision
+    if plan.source.adapter is not None:
+        values["source"] = plan.source.location  # with the revisions of both
+        values.pop("revision", None)
     output = given["output"]
-    keep_out_of = (plan.source.path, output, partial_of(output.absolute()))
+    paths = [part.path for part in plan.source.base_and_adapter]
+    keep_out_of = (*paths, output, partial_of(output.absolute()))
     save_config(path, values, known, keep_out_of=keep_out_of)
 
 

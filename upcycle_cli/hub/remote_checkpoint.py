@@ -6,6 +6,7 @@ needed disk space show before gigabytes are downloaded. All files are from one c
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
 from pathlib import Path
+from typing import TypeAlias
 
+from upcycle_cli.checkpoint.adapter import open_adapter, with_adapter
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_storage
 from upcycle_cli.checkpoint.storage import (
     ADAPTER_NAME,
@@ -57,21 +60,55 @@ def check_revision(revision: str | None) -> None:
         raise UpcycleError("the revision is empty.", hint)
 
 
-def locate_model(source: Path | str, revision: str | None = None) -> Storage:
-    """Return where a model's files are, with a repo's config.json in the cache; UpcycleError."""
+def split_adapter(source: Path | str) -> tuple[str, str | None]:
+    """Split BASE+ADAPTER; a directory whose name has a +, or a model alone, has no adapter."""
+    text, found = str(source), []
+    for plus in () if os.path.exists(text) else re.finditer(r"\+(?=.)", text):  # noqa: PTH110
+        base, adapter = text[: plus.start()], text[plus.end() :]
+        if _is_place(base):
+            found.append((not _is_place(adapter), base, adapter))
+    return min(found)[1:] if found else (text, None)
+
+
+def _is_place(text: str) -> bool:
+    return os.path.isdir(text) or is_repo_id(split_revision(text)[0])  # noqa: PTH112
+
+
+def locate_model(
+    source: Path | str, revision: str | None = None, config_name: str = CONFIG_NAME
+) -> Storage:
+    """Return where a model's files are, with a repo's config in the cache; UpcycleError."""
+    if revision is None:
+        source, revision = split_revision(str(source))
     check_revision(revision)
     if is_repo_id(source):
-        return _find_repo(str(source), revision)
+        return _find_repo(str(source), revision, config_name)
     if revision is not None:
         what = "a local directory" if Path(source).exists() else "not a repo id"
         raise UpcycleError(f"a revision needs a repo on the Hub, and {source} is {what}.")
     return Storage(Path(source))
 
 
+Located: TypeAlias = tuple[Storage, Storage | None]
+"""Where a model is, and its adapter, if any."""
+
+
+def locate_source(source: Path | str, revision: str | None = None) -> Located:
+    """Return where a model, or BASE+ADAPTER, is; `revision` is the base's. Raises UpcycleError."""
+    base, adapter = split_adapter(source)
+    located = None if adapter is None else locate_model(adapter, None, ADAPTER_NAME)
+    return locate_model(base, revision), located
+
+
+def open_located(model: Storage, adapter: Storage | None) -> Checkpoint:
+    """Open what `locate_source` found, without downloading weights; raises UpcycleError."""
+    base = open_checkpoint(model.path) if model.is_local else open_storage(model)
+    return base if adapter is None else with_adapter(base, open_adapter(adapter))
+
+
 def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
-    """Open a directory, or a repo without downloading its weights; raises UpcycleError."""
-    storage = locate_model(source, revision)
-    return open_checkpoint(storage.path) if storage.is_local else open_storage(storage)
+    """Open a directory or a repo (REPO or REPO@REVISION), or BASE+ADAPTER; raises UpcycleError."""
+    return open_located(*locate_source(source, revision))
 
 
 def download_model(storage: Storage) -> Path:
@@ -185,13 +222,13 @@ class RepoStorage(Storage):
             return client.retry(request)
 
 
-def _find_repo(repo: str, revision: str | None) -> RepoStorage:
+def _find_repo(repo: str, revision: str | None, config_name: str) -> RepoStorage:
     """Find a repo's commit and files, on the Hub or, offline, in the cache."""
     with client.hub_session(repo, revision):
         from huggingface_hub import HfApi, constants
 
         if constants.HF_HUB_OFFLINE:
-            path = client.fetch(repo, CONFIG_NAME, revision).parent
+            path = client.fetch(repo, config_name, revision).parent
             found = (file for file in path.rglob("*") if file.is_file())
             sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in found}
             storage = RepoStorage(path, repo, path.name, sizes)
@@ -201,15 +238,15 @@ def _find_repo(repo: str, revision: str | None) -> RepoStorage:
         ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
         info = client.retry(ask)
         sizes, commit = client.file_sizes(info), client.checked_commit(info.sha)
-        if CONFIG_NAME not in sizes:
+        if config_name not in sizes:
             if ADAPTER_NAME in sizes:
                 raise adapter(repo)
-            hint = "Give the repo of a Hugging Face model."
-            raise UpcycleError(f"{repo} has no {CONFIG_NAME}.", hint)
-        with client.download_limit(sizes[CONFIG_NAME]):
+            hint = "Give the repo of a Hugging Face model, or BASE+ADAPTER with a LoRA adapter."
+            raise UpcycleError(f"{repo} has no {config_name}.", hint)
+        with client.download_limit(sizes[config_name]):
             # By the revision first: the cache then knows which commit it is, for offline use.
-            path = client.retry(lambda: client.fetch(repo, CONFIG_NAME, revision))
+            path = client.retry(lambda: client.fetch(repo, config_name, revision))
             if path.parent.name != commit:
                 # The branch moved, or the Hub failed and the cache answered with an older commit.
-                path = client.retry(lambda: client.fetch(repo, CONFIG_NAME, commit))
+                path = client.retry(lambda: client.fetch(repo, config_name, commit))
     return RepoStorage(path.parent, repo, commit, sizes)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.made import LowRank
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.display import Result, Row
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.text import counted, listed, parameter_text, size_text
-from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
+from upcycle_cli.hub.remote_checkpoint import open_source
 from upcycle_cli.models.engines import Engine, Trainer, engines, support_lines, trainers, traits_of
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
@@ -127,8 +128,7 @@ def inspect(
             from upcycle_cli.plan.expand import build_growth
 
             plan = build_growth(recipe, checkpoint, options)  # raises: only an MoE can be grown
-        places = (split_revision(str(each)) for each in listed(dense or ()))
-        sources = [open_source(*place).download() for place in places]
+        sources = [open_source(each).download() for each in listed(dense or ())]
         found = _inspect_moe(checkpoint, weights, sources, text, watch or Progress())
         return replace(found, plan=plan)
     family = dense_family(checkpoint.config)
@@ -238,6 +238,10 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
     yield "parameters", [parameters]
     shards = counted(len(checkpoint.shards), "shard")
     yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
+    if checkpoint.adapter is not None:
+        rank, name = checkpoint.adapter.config["r"], checkpoint.adapter.name
+        changed = sum(isinstance(each, LowRank) for each in checkpoint.made.values())
+        yield "adapter", [f"{name}: LoRA of rank {rank} on {counted(changed, 'tensor')}"]
     if inspection.kind == "moe":
         yield "engines", support_lines(inspection.engines)
         if inspection.trainers:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
@@ -20,7 +21,7 @@ from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_COMPANION_BYTES, read_small
 from upcycle_cli.core.text import listed, printable
-from upcycle_cli.hub.remote_checkpoint import open_source, split_revision
+from upcycle_cli.hub.remote_checkpoint import open_source
 from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.dense import DenseModel
 from upcycle_cli.models.lookup import dense_model
@@ -75,6 +76,7 @@ class Merge:
 
 def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
     """Return the metadata for the new card; a licence only where all sources have the same one."""
+    sources = [part for source in sources for part in source.base_and_adapter]
     first, *others = (read_card_metadata(source.path) for source in sources)
     license_of = first.values.get("license")
     notes = tuple(
@@ -112,8 +114,8 @@ class MergeRequest:
         """
         models, cycle = [source], [0] * self.source_too
         for place in listed(self.experts_from):
-            model = open_source(*split_revision(str(place)))
-            same = (i for i, each in enumerate(models) if each.path.samefile(model.path))
+            model = open_source(place)
+            same = (i for i, each in enumerate(models) if _is_same(each, model))
             cycle.append(next(same, len(models)))
             models += [model] * (cycle[-1] == len(models))
         if len(models) == 1:
@@ -122,6 +124,11 @@ class MergeRequest:
         for other in models[1:]:
             _check_compatible(source, dense, other)
         return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=NonExpertWeights(self.rest))
+
+
+def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    both = [*zip_longest(one.base_and_adapter, other.base_and_adapter)]
+    return all(a and b and a.path.samefile(b.path) for a, b in both)
 
 
 def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:

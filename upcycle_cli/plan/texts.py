@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -147,10 +148,16 @@ class ModelPrompts:
     negative: tuple[str, ...] = ()
 
     def means(self, model: Checkpoint) -> bool:
-        """Whether these are prompts for `model`, by its path, name or last part of the name."""
-        name = self.model.partition("@")[0]
-        return name in (model.name, model.name.rpartition("/")[2]) or (
-            Path(name).resolve() == model.path.resolve()
+        """Whether these are prompts for `model`, by its path, name or last part of the name.
+
+        BASE+ADAPTER, and the adapter alone, mean a model with an adapter.
+        """
+        name = re.sub("@[^+]*", "", self.model)
+        names = [name] if model.adapter is None else name.split("+", 1)
+        return all(
+            given in (each.name, each.name.rpartition("/")[2])
+            or Path(given).resolve() == each.path.resolve()
+            for given, each in zip(reversed(names), reversed(model.base_and_adapter), strict=False)
         )
 
 
@@ -200,10 +207,10 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any value
 
 def place_of(value: object, path: Path, key: str = "source_model") -> str:
     """Return a model of a mergekit file in the form of `experts_from`; raises UpcycleError."""
-    if isinstance(value, str) and value.strip() and ("+" not in value or Path(value).exists()):
+    if isinstance(value, str) and value.strip():
         return value
     words = f"{path}: {key} must name a model, not {shown(value)}."
-    raise UpcycleError(words, "Write its directory, REPO or REPO@REVISION; merge adapters first.")
+    raise UpcycleError(words, "Write its directory, REPO or REPO@REVISION, or BASE+ADAPTER.")
 
 
 def read_prompts(path: Path) -> Prompts:
@@ -253,7 +260,8 @@ def read_mergekit(path: Path) -> dict[str, Value]:
     top_k = content.get("experts_per_token", 2)
     if type(top_k) is not int or top_k < 1:
         raise _refused(path, "experts_per_token", f"must be a positive integer, not {shown(top_k)}")
-    base, at, revision = place_of(content.get("base_model"), path, "base_model").partition("@")
+    base = place_of(content.get("base_model"), path, "base_model")
+    base, at, revision = (base, "", "") if "+" in base else base.partition("@")
     found: dict[str, Value] = {
         "source": base,
         "recipe": f"E{len(places)}G1T{top_k}",

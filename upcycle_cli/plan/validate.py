@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
+from upcycle_cli.checkpoint.storage import MERGE_WITH_PEFT
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.dense import DenseModel, why_unread
 from upcycle_cli.models.layers import by_layer
@@ -27,6 +28,10 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
         # A tied model may carry its head: it is copied, and engines treat it as before.
         shapes[head] = shapes[dense.family.embedding]
     check_tensors(source, shapes, dropped)
+    if source.adapter is not None and dense.values.get("tie_word_embeddings"):
+        for name in {dense.family.embedding, head} & source.made.keys():
+            words = f"changes {name}, which embedding and head share (tie_word_embeddings)"
+            raise UpcycleError(f"{source.adapter.path} {words}.", MERGE_WITH_PEFT)
     return dropped
 
 

@@ -56,12 +56,14 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         k = plan.growing.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
         own = {"expand": k}
+    parts = plan.source.base_and_adapter
+    short_name = "+".join(part.name.rpartition("/")[2] for part in parts)
     shown = {"architecture": plan.target.architecture} | facts(plan)
-    location = repo or f"my-org/{repo_name(plan.source.name, f'-{made}')}"
+    location = repo or f"my-org/{repo_name(short_name, f'-{made}')}"
     text = Template((files(__package__) / template).read_text(encoding="utf-8")).substitute(
         own,
         front_matter=_front_matter(plan),
-        title=_markdown(plan.source.name.split("/")[-1]) + title,
+        title=_markdown(short_name) + title,
         origin=any_of(map(_origin, plan.sources), "and"),
         function=_FUNCTION[plan.promise],
         facts="\n".join(f"| {key} | {_markdown(text)} |" for key, text in shown.items()),
@@ -105,11 +107,13 @@ def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str
     source, *others = plan.sources
     unnamed = "SOURCE" if plan.growing else "DENSE"
     dense = source.repo or (str(source.path) if paths else unnamed)
+    if source.adapter is not None:
+        dense = _named(source, paths=paths)
     yield from ("upcycle", "verify", dense, moe)
-    if source.revision:
+    if source.adapter is None and source.revision:
         yield from ("--dense-revision", source.revision)
     for other in others:
-        yield from ("--experts-from", other.location if paths or other.repo else other.name)
+        yield from ("--experts-from", _named(other, paths=paths))
     rows, text = plan.inputs.rows, plan.inputs.text
     if rows is not None:
         yield from ("--router-init", str(rows.path) if paths else "FILE")
@@ -117,6 +121,12 @@ def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str
         yield from ("--calibration", str(text.path) if paths else "FILE")
     if plan.promise is Promise.NONE:
         yield "--allow-inexact"
+
+
+def _named(source: Checkpoint, *, paths: bool) -> str:
+    """Return a source as `experts_from` takes it; `paths` names local files."""
+    parts = source.base_and_adapter
+    return "+".join(each.location if paths or each.repo else each.name for each in parts)
 
 
 def repo_name(text: str, suffix: str = "") -> str:
@@ -146,7 +156,7 @@ def _front_matter(plan: Plan) -> str:
     import yaml  # type: ignore[import-untyped]
 
     # The Hub refuses a card whose base model is not a repo id.
-    named = [source.name for source in plan.sources if "/" in source.name]
+    named = [*dict.fromkeys(each.repo for each in plan.sources_and_adapters if each.repo)]
     base: dict[str, object] = {"base_model": named[0]} if named else {}
     if len(named) > 1:
         base = {"base_model": named, "base_model_relation": "merge"}
@@ -166,6 +176,8 @@ def _markdown(text: str) -> str:
 
 def _origin(source: Checkpoint) -> str:
     """Return the name of a source, with its commit if it comes from the Hub."""
+    if source.adapter is not None:
+        return " with the adapter ".join(map(_origin, source.base_and_adapter))
     name, commit = printable(source.name), source.revision
     if commit is not None:  # repo ids and commits need no quoting
         return f"[{name}](https://huggingface.co/{name}/tree/{commit}) (commit `{commit[:12]}`)"

@@ -213,8 +213,9 @@ def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
     source, dense = record.get("source"), plan.source
     # A conversion from a local directory records no revision.
     if dense.repo is not None and isinstance(source, dict) and source.get("revision") is not None:
-        wanted["source"] = {"name": dense.name, "revision": dense.revision}
-        held["source"] = {key: source.get(key) for key in wanted["source"]}
+        wanted["source"] = {"name": dense.repo, "revision": dense.revision}
+        name = str(source.get("name")).partition("+")[0]  # an adapter may have another place now
+        held["source"] = {"name": name, "revision": source["revision"]}
     if (merged := plan.how.get("experts_from")) is not None:
         both = merged, record["experts_from"]  # the models have been compared already
         wanted["experts_from"], held["experts_from"] = ({**each, "models": ()} for each in both)

@@ -104,12 +104,16 @@ def rebuild(
 def check_source(record: Record, dense: Checkpoint, moe: Checkpoint, plan: Plan | None) -> None:
     """Raise UpcycleError if the MoE was made from a model of another config and size."""
     match record:
-        case {"source": {"name": str(name), "config_sha256": str(digest)}, "parameters": held}:
+        case {
+            "source": {"name": str(name), "config_sha256": str(digest), **more},
+            "parameters": held,
+        }:
             same_size = plan is not None and described(plan)["parameters"] == held
-            if digest != dense.config_digest and not same_size:
+            other_config = digest != dense.config_digest and not same_size
+            if other_config or ("adapter" in more) != (dense.adapter is not None):
+                why = "its config.json differs" if other_config else "one of them has an adapter"
                 raise UpcycleError(
-                    f"{moe.path} was made from {printable(name)}, not from {dense.path} (its "
-                    "config.json differs).",
+                    f"{moe.path} was made from {printable(name)}, not from {dense.local} ({why}).",
                     "Give the model that it was made from.",
                 )
 
@@ -240,9 +244,15 @@ def _not_of(model: Checkpoint) -> UpcycleError:
 def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
     """Whether a model has the recorded config, headers and weight sample."""
     name, held = recorded["sample"]["tensor"], model.origin
-    if any(recorded[key] != held[key] for key in ("config_sha256", "files")):
+    if _files(held) != _files(recorded):
         return False
     return name in model.tensors and model.tensor_digest(name) == recorded["sample"]["sha256"]
+
+
+def _files(origin: Record) -> list[object]:
+    """Return what identifies the files of a model, and those of its adapter."""
+    parts = filter(None, (origin, origin.get("adapter")))
+    return [part[key] for part in parts for key in ("config_sha256", "files")]
 
 
 # What the plan promises -------------------------------------------------------------------------

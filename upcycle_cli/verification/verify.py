@@ -35,7 +35,12 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import reuse_freed_memory
 from upcycle_cli.core.safe_files import read_small
 from upcycle_cli.core.text import choose_from, listed
-from upcycle_cli.hub.remote_checkpoint import download_model, locate_model, split_revision
+from upcycle_cli.hub.remote_checkpoint import (
+    download_model,
+    locate_model,
+    locate_source,
+    open_located,
+)
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
@@ -109,8 +114,8 @@ def verify(  # noqa: PLR0913 - options, by name
     check_kind(engine_options, "EngineOptions")
     engine_options = engine_options or EngineOptions()
     engine_options.check(in_engines)
-    places = locate_model(dense, dense_revision), locate_model(moe, moe_revision)
-    others = [locate_model(*split_revision(str(place))) for place in listed(experts_from)]
+    place, sources = locate_model(moe, moe_revision), [locate_source(dense, dense_revision)]
+    sources += map(locate_source, listed(experts_from))
     check_kind(texts, "TextOptions")
     texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
@@ -118,12 +123,12 @@ def verify(  # noqa: PLR0913 - options, by name
     reuse_freed_memory()
     try:
         # Check before downloading gigabytes.
-        grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
-        files = tuple(places[1].names())
-        if not all(place.is_local for place in (*places, *others)):
+        grown = _check_kinds(place.path, [model.path for model, _ in sources])
+        files = tuple(place.names())
+        if not all(part.is_local for each in [(place,), *sources] for part in each if part):
             watch.begins("downloading")
-        paths = download_model(places[0]), download_model(places[1])
-        source, *more = (_open_source(path) for path in (paths[0], *map(download_model, others)))
+        source, *more = (_open_source(*each) for each in sources)
+        paths = source.path, download_model(place)
         try:
             converted = open_checkpoint(paths[1], as_stored=True)
         except UpcycleError as error:
@@ -309,9 +314,9 @@ def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -
     )
 
 
-def _open_source(path: Path) -> Checkpoint:
-    """Open a model that experts were made of; raises UpcycleError."""
-    source = open_checkpoint(path)
+def _open_source(model: Storage, adapter: Storage | None) -> Checkpoint:
+    """Download and open a model that experts were made of; raises UpcycleError."""
+    source = open_located(model, adapter).download()
     obsolete = not is_target(source.config) and dense_family(source.config).has_obsolete_code
     refuse_unsafe_settings(source, ignore_code=obsolete, parts=nested_configs(source.config))
     return source

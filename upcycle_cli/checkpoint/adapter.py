@@ -1,0 +1,167 @@
+"""LoRA adapters, as peft saves them: which tensors of a model become W + s·B·A, and with which s.
+
+The result equals peft's `merge_and_unload`, but nothing is merged on disk: the changed tensors are
+computed when they are read. An adapter that is more than plain LoRA is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from upcycle_cli.checkpoint.checkpoint import ADAPTER_PREFIX, Checkpoint
+from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES, read_shard_header
+from upcycle_cli.checkpoint.made import Dequantize, LowRank, Made, Source
+from upcycle_cli.checkpoint.storage import (
+    ADAPTER_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    MERGE_WITH_PEFT,
+    Storage,
+    json_object,
+    refuse_missing,
+)
+from upcycle_cli.core.errors import UpcycleError, shown
+from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
+
+_PREFIX = "base_model.model."
+_LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # Other ways to initialize change the base's weights before training.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+}
+_READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_WITHOUT_EFFECT = (
+    # The names of the tensors say which layers they change.
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
+    *("inference_mode", "peft_version", "lora_dropout", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    # peft itself looks how a layer stores its weights.
+    *("fan_in_fan_out", "ensure_weight_tying", "runtime_config"),
+)
+_SPELLINGS = (
+    *(("", ""), ("model.", ""), ("transformer.", ""), ("lm_head.", "language_model.lm_head.")),
+    *(("model.language_model.", disk) for disk in ("language_model.model.", "language_model.")),
+    *(("model.", disk) for disk in ("model.language_model.", "language_model.model.")),
+)
+"""How names in memory, which adapters use, begin, and how they can begin on disk."""
+_CONV1D = ("gpt2",)
+"""Model types whose layers store their weights as (inputs, outputs)."""
+_AGAIN = "Download or save the adapter again."
+
+
+def open_adapter(storage: Storage) -> Checkpoint:
+    """Open an adapter, local or remote; UpcycleError if it is damaged or more than plain LoRA."""
+    path = storage.path
+    if storage.is_local:
+        refuse_missing(path)
+    for name in (ADAPTER_NAME, ADAPTER_WEIGHTS_NAME):
+        if not storage.has(name):
+            hint = "In BASE+ADAPTER, ADAPTER is a LoRA adapter as peft saves it."
+            if storage.has("adapter_model.bin"):
+                hint = "Load it with peft if you trust it, and save it again (save_pretrained)."
+            raise UpcycleError(f"{path} has no {name}.", hint)
+    raw = read_small(storage.local(ADAPTER_NAME), MOST_JSON_BYTES)
+    config = json_object(raw, str(path / ADAPTER_NAME))
+    for key in ("peft_type", *config):
+        value = config.get(key)
+        known = (value,) if key in _READ + _WITHOUT_EFFECT else _PLAIN.get(key, (None, False))
+        if value not in known and (value or key == "peft_type"):
+            words = f"{key} is {shown(value)}, but only plain LoRA can be read"
+            raise UpcycleError(f"{path / ADAPTER_NAME}: {words}.", MERGE_WITH_PEFT)
+    storage.prefetch_headers([ADAPTER_WEIGHTS_NAME])
+    shard, entries = read_shard_header(storage, ADAPTER_WEIGHTS_NAME)
+    if not entries:
+        raise UpcycleError(f"{path / ADAPTER_WEIGHTS_NAME} has no tensors.", _AGAIN)
+    tensors, digest = {entry.name: entry for entry in entries}, hashlib.sha256(raw).hexdigest()
+    return Checkpoint(
+        storage, config, digest, tensors, tensors, (shard,), (), config_name=ADAPTER_NAME
+    )
+
+
+def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    """Return the base with the tensors that an adapter changes as computed ones.
+
+    Raises UpcycleError for tensors that do not fit the base or the adapter's config.
+    """
+    path, made = adapter.path / ADAPTER_WEIGHTS_NAME, dict[str, Made](base.made)
+    pairs = dict[tuple[str, bool], dict[str, Source]]()
+    for name, entry in adapter.tensors.items():
+        own = name.removeprefix(_PREFIX)
+        low_rank = _LOW_RANK.fullmatch(own)
+        if own == name or entry.dtype not in TORCH_DTYPES or (not low_rank and ".lora_" in own):
+            words = f"{path}: {name} ({entry.dtype}) is no tensor of plain LoRA."
+            raise UpcycleError(words, MERGE_WITH_PEFT)
+        source = Source(ADAPTER_PREFIX + name, entry.dtype, entry.shape)
+        if low_rank:
+            module, of_embedding, part = low_rank.groups()
+            pairs.setdefault((module, of_embedding is not None), {})[part] = source
+            continue
+        # peft loads these into the base, whether modules_to_save names them or not.
+        held = _held(base, own.replace(".base_layer.", "."), path)
+        if held.shape != source.shape:
+            words = f"{name} has shape {[*source.shape]}, but {[*held.shape]} in {base.path}"
+            hint = f"If the vocabulary was resized: {MERGE_WITH_PEFT}"
+            raise UpcycleError(f"{path}: {words}.", hint)
+        made[held.name] = Dequantize(source, None, (1, 1), held.dtype)
+    for (module, of_embedding), pair in pairs.items():
+        held = _held(base, f"{module}.weight", path)
+        turned = of_embedding or base.config.get("model_type") in _CONV1D
+        factor = _factor(adapter, module, held.shape[::-1] if turned else held.shape, pair)
+        of = made.get(held.name, held)
+        if isinstance(of, LowRank):
+            raise UpcycleError(f"{path} changes {held.name} twice.", _AGAIN)
+        if isinstance(of, Dequantize):
+            of = replace(of, dtype="F32")  # so that nothing is rounded twice
+        made[held.name] = LowRank(of, pair["A"], pair["B"], factor, turned, held.dtype)
+    return replace(base, made=made, adapter=adapter)
+
+
+def _held(base: Checkpoint, name: str, path: Path) -> Source:
+    """Return the base's tensor of this name in memory; UpcycleError without one."""
+    for memory, disk in _SPELLINGS:
+        entry = base.tensors.get(disk + name.removeprefix(memory))
+        if entry is not None and name.startswith(memory):
+            return Source(entry.name, entry.dtype, entry.shape)
+    raise UpcycleError(
+        f"{path} changes {name}, which {base.path} does not have.",
+        "Give the base model of this adapter. A head that is tied to the embedding cannot have a "
+        "change of its own.",
+    )
+
+
+def _factor(
+    adapter: Checkpoint, module: str, shape: tuple[int, ...], pair: Mapping[str, Source]
+) -> float:
+    """Return s of W + s·B·A; UpcycleError if A or B does not fit W (O, I) or the config."""
+    rank = _setting(adapter.config, "r", "rank_pattern", module)
+    alpha = _setting(adapter.config, "lora_alpha", "alpha_pattern", module)
+    usable = type(rank) is int and rank > 0 and type(alpha) in (int, float)
+    if not usable or not abs(alpha) <= LARGEST["F32"]:
+        words = f"{module} has rank {shown(rank)} and alpha {shown(alpha)}"
+        raise UpcycleError(f"{adapter.path / ADAPTER_NAME}: {words}.", _AGAIN)
+    found = {name: each.shape for name, each in pair.items()}
+    wanted = {"A": (rank, *shape[1:]), "B": (*shape[:1], rank)}
+    if found != wanted:
+        words = f"A and B of {module} have shapes {shown(found)}, not {wanted}"
+        hint = "Give the base model of this adapter."
+        raise UpcycleError(f"{adapter.path / ADAPTER_WEIGHTS_NAME}: {words}.", hint)
+    return float(alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank))
+
+
+def _setting(config: Mapping[str, Any], usual: str, by_module: str, module: str) -> Any:  # noqa: ANN401
+    """Return a module's rank or alpha, as peft finds it; UpcycleError for a bad pattern."""
+    try:
+        for pattern, value in (config.get(by_module) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+    except (AttributeError, re.error, RecursionError, OverflowError) as error:
+        raise UpcycleError(f"{ADAPTER_NAME}: {by_module} is unusable: {error}.", _AGAIN) from error
+    return config.get(usual)
