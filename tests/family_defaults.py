@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 
 from upcycle_cli.models import dense_rows as families
 from upcycle_cli.models.moe_rows import GROW_ONLY, NATIVE, WRAPPED_TARGETS
-from upcycle_cli.models.wrappers import WRAPPERS
+from upcycle_cli.models.wrappers import WRAPPERS, replace_parts
 
 TARGET = Path(__file__).parent.parent / "upcycle_cli" / "models" / "knowledge" / "defaults.json"
 
@@ -193,6 +193,8 @@ def saved(model_type: str, **flags: bool) -> Shapes:
         model.save_pretrained(directory)
         with safe_open(Path(directory) / "model.safetensors", framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    renamed = families.DENSE[model_type].renamed
+    shapes = {replace_parts(name, renamed): shape for name, shape in shapes.items()}
     return {name: shapes[name] for name in model.state_dict() if name in shapes}
 
 

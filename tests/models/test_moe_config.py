@@ -165,3 +165,9 @@ def test_former_keys_win() -> None:
     assert (moe["intermediate_size"], moe["moe_intermediate_size"]) == (96, 48)
     assert moe["tie_word_embeddings"] is False
     assert not moe.keys() & {"block_ff_dim", "tie_embedding"}
+    # exaone was released with its own keys, beside code that is now part of transformers.
+    own = {"num_layers": 3, "layer_norm_epsilon": 0.5, "activation_function": "gelu"}
+    config = {"model_type": "exaone", **sizes_of("exaone"), **own}
+    moe = converted(config, "mixtral", Recipe("E2G2T2"))
+    assert transformers_config(moe).num_hidden_layers == 3
+    assert (moe["rms_norm_eps"], moe["hidden_act"]) == (0.5, "gelu")

@@ -25,6 +25,7 @@ from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import read_small, write_whole
 from upcycle_cli.models.mlp import find_weight
+from upcycle_cli.models.wrappers import replace_parts
 from upcycle_cli.plan.calibration import Calibration, LayerFound, RouterStatistics
 from upcycle_cli.plan.inputs import order_name, router_stream
 from upcycle_cli.plan.output import OutputTensor, Role
@@ -153,7 +154,8 @@ def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterat
     # Names without a model's number belong to the first model.
     model = lazy_model(plan.source, reader)
     parts = dense.mlp(plan.source.tensors, layers[0])
-    down = find_weight(parts, "down").name.removesuffix(".weight")
+    down = replace_parts(find_weight(parts, "down").name, dense.family.renamed)
+    down = down.removesuffix(".weight")
     activity: list[torch.Tensor] = []
 
     def note(_: Model, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -15,7 +15,7 @@ from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.models import defaults
 from upcycle_cli.models.mlp import Weight, degree, parts_of, present_weights, swiglu
-from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside
+from upcycle_cli.models.wrappers import HEAD, LAYER_PREFIX, Inside, replace_parts
 from upcycle_cli.recipe.scaling import MlpKind
 
 FULL = "full_attention"
@@ -214,8 +214,12 @@ class DenseModel(Compact):
         return present_weights(self.family.mlp, names, self.prefix(layer))
 
     def has(self, name: str) -> bool:
-        """Whether layers have a tensor; false if the shapes of this type are unknown."""
-        return self.prefix(0) + name in self.shapes
+        """Whether layers have a tensor, by its name in memory; false if shapes are unknown."""
+        return self._on_disk(self.prefix(0) + name) in self.shapes
+
+    def _on_disk(self, name: str) -> str:
+        renamed = reversed(self.family.renamed)
+        return replace_parts(name, tuple((new, old) for old, new in renamed))
 
     def norm(self, names: Collection[str], layer: int) -> str | None:
         """Return the weight of the norm before a layer's MLP; `names` lists all tensors."""
@@ -228,7 +232,8 @@ class DenseModel(Compact):
         """The tensors that the checkpoint must have; empty if they are unknown."""
         found = defaults.tensor_shapes(self.family.model_type, self.values)
         inside = self.family.inside
-        return found if inside is None else {inside.wrapped(name): s for name, s in found.items()}
+        place = self._on_disk if inside is None else inside.wrapped
+        return {place(name): shape for name, shape in found.items()}
 
 
 def read_dense(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:

@@ -169,8 +169,7 @@ def shipped_target(family: DenseFamily, activation: str, *, biased: bool) -> Tar
             scale="routed_scaling_factor",
         ),
         layers=MOE_LAYERS,
-        layer=family.root + family.layer,
-        renamed=family.renamed,
+        layer=family.root + wrappers.replace_parts(family.layer, family.renamed),
         head=wrappers.replace_parts(family.head, family.renamed),
         inside=family.inside,
     )
@@ -274,7 +273,7 @@ class Family(Compact):
         if here is not None and there is not None:
             source = here.moved(source, there)
         root = "" if source == self.dense.family.head else self.dense.family.root
-        return root + wrappers.replace_parts(source, self.target.renamed)
+        return root + wrappers.replace_parts(source, self.dense.family.renamed)
 
 
 def choose(

@@ -157,8 +157,6 @@ class Target(Compact):
     layer: str = LAYER_PREFIX
     """The prefix of a layer's tensors in released checkpoints."""
     head: str = HEAD
-    renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of names of copied tensors, with their replacement."""
     bias_routing: Routing = Routing.SIGMOID_TOPK
     """The only routing with a correction bias."""
     bias_rows: tuple[int, ...] = ()
