@@ -203,7 +203,7 @@ def test_families_name_every_target_and_answer_for_one_name() -> None:
         ("qwen3", "dense", "can become qwen3_moe"),
         ("LLaVA", "wrappers", "qwen3 in llava"),
         ("mixtral", "targets", "vLLM"),
-        ("bloom", "refused", "residual stream"),
+        ("bitnet", "refused", "normalises over all neurons"),
     ):
         assert words in succeed("families", name).stdout
         assert [*succeed_json("families", name)[key]] == [name.lower()]

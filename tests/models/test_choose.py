@@ -112,7 +112,7 @@ def test_a_target_that_cannot_express_a_model(
     [
         ({}, "config.json has no model_type."),
         ({"model_type": "gpt9"}, "model type 'gpt9' cannot be upcycled yet."),
-        ({"model_type": "bloom"}, "cannot be upcycled: its MLP adds the residual stream"),
+        ({"model_type": "bitnet"}, "cannot be upcycled: its MLP normalises over all neurons"),
         ({"model_type": "qwen3_moe"}, "this is a mixture of experts already"),
         ({"model_type": "olmoe", "num_experts": 64}, "this is a mixture of experts already"),
         ({"model_type": "llama", "num_local_experts": 4}, "this is a mixture of experts already"),

@@ -162,7 +162,7 @@ def _run(plan: Plan, reader: Reader, tokens: _Tokens, watch: Progress) -> Iterat
         # Magnitudes of activations (P, I).
         activity.append(inputs[0].flatten(0, -2)[tokens.positions].abs())
 
-    modules = [model.mlp_of(layer) for layer in layers]
+    modules = [model.layer(layer).get_submodule(model.mlp) for layer in layers]
     with started(model.net, tokens.ids, modules) as run:
         for layer in range(dense.num_layers):
             if layer not in layers:
@@ -208,11 +208,7 @@ def _calibrate_layer(
 
 
 def _rows(
-    recipe: Recipe,
-    router: OutputTensor,
-    reader: Reader,
-    inputs_PH: Array,
-    weights_EP: Array | None,
+    recipe: Recipe, router: OutputTensor, reader: Reader, inputs_PH: Array, weights_EP: Array | None
 ) -> bytes:
     """Return the router rows in the router's dtype; UpcycleError if they do not fit."""
     assert router.layer is not None

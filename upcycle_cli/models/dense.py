@@ -218,8 +218,7 @@ class DenseModel(Compact):
         return self._on_disk(self.prefix(0) + name) in self.shapes
 
     def _on_disk(self, name: str) -> str:
-        renamed = reversed(self.family.renamed)
-        return replace_parts(name, tuple((new, old) for old, new in renamed))
+        return replace_parts(name, ((new, old) for old, new in reversed(self.family.renamed)))
 
     def norm(self, names: Collection[str], layer: int) -> str | None:
         """Return the weight of the norm before a layer's MLP; `names` lists all tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,10 +71,15 @@ def _sliding(slides: Callable[[ConfigValues, int], bool]) -> Callable[[ConfigVal
     return windows
 
 
-def _own_keys(*own: str) -> dict[str, str]:
+def _keys(own: str) -> dict[str, str]:
     """Return a type's keys of H, of I (where null means 4·H), of heads and of layers."""
     common = "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"
-    return dict(zip(common, own, strict=True))
+    return dict(zip(common, own.split(), strict=True))
+
+
+def _places(layers: str, embedding: str) -> Any:  # noqa: ANN401
+    root = layers.rpartition(".")[0]
+    return {"layer": f"{layers}.{{layer}}.", "embedding": f"{root}.{embedding}.weight"}
 
 
 _ALL_SLIDE = _sliding(lambda *_: True)
@@ -86,20 +92,12 @@ _BY_PATTERN = _sliding(
     lambda values, layer: (layer + 1) % values.config.get("sliding_window_pattern", 4) != 0
 )
 
-_QUERIES, _KEYS = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
-
-_QKV: Pieces = {
-    "self_attn.qkv_proj.weight": {
-        "self_attn.q_proj.weight": _QUERIES,
-        "self_attn.k_proj.weight": _KEYS,
-        "self_attn.v_proj.weight": _KEYS,
-    }
-}
+_HEADS = {"q": "num_attention_heads", "k": "num_key_value_heads", "v": "num_key_value_heads"}
+_QKV_ROWS = {f"self_attn.{part}_proj.weight": f"{n}*head_dim" for part, n in _HEADS.items()}
+_QKV: Pieces = {"self_attn.qkv_proj.weight": _QKV_ROWS}
+_GATE_AND_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 _GATE_UP_ROWS: Pieces = {
-    "mlp.gate_up_proj.weight": {
-        "mlp.gate_proj.weight": "intermediate_size",
-        "mlp.up_proj.weight": "intermediate_size",
-    }
+    "mlp.gate_up_proj.weight": dict.fromkeys(_GATE_AND_UP, "intermediate_size")
 }
 """For layers that stay dense."""
 
@@ -107,8 +105,9 @@ _UP_DOWN = linear_layers("", "mlp.up_proj", "mlp.down_proj")
 _GATE_UP = gated_linear("mlp.gate_up_proj", "mlp.down_proj")
 _H_TO_4H = linear_layers("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _C_FC = linear_layers("", "mlp.c_fc", "mlp.c_proj")
+_CONV1D = linear_layers("", "mlp.c_fc", "mlp.c_proj", transposed=True)
 _FC1_FC2 = linear_layers("", "mlp.fc1", "mlp.fc2")
-_HELD_BY_LAYER: Any = {
+_IN_LAYER: Any = {
     "mlp": linear_layers("", "fc1", "fc2"),
     "norm": "final_layer_norm.weight",
     "activation": "activation_function",
@@ -116,11 +115,11 @@ _HELD_BY_LAYER: Any = {
 _FC_IN_OUT = linear_layers("", "mlp.fc_in", "mlp.fc_out")
 _W123 = linear_layers("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 _GPT: Any = {
-    "layer": "transformer.h.{layer}.",
-    "embedding": "transformer.wte.weight",
+    **_places("transformer.h", "wte"),
     "activation": "activation_function",
-    "keys": _own_keys("n_embd", "n_inner", "n_head", "n_layer"),
+    "keys": _keys("n_embd n_inner n_head n_layer"),
 }
+_GPT_NEO: Any = {**_GPT, "keys": _keys("hidden_size intermediate_size num_heads num_layers")}
 _LFM: Any = {"mlp": _W123, "norm": "ffn_norm.weight", "layers_differ": True, "activation": None}
 _FEEDFORWARD_NORM: Any = {"mlp": _UP_DOWN, "norm": "feedforward_layernorm.weight"}
 _PARALLEL = "input_layernorm.weight"  # attention and MLP share a norm
@@ -129,12 +128,19 @@ _GEMMA: Any = {
     "norm_offset": 1.0,
     "activation": "hidden_activation",
 }
-_GEMMA4: Any = {
-    **_GEMMA,
-    "norm_offset": 0.0,
-    "width": _gemma4_width,
-    "layers_differ": True,  # in heads, and in which keys they share
+# Layers differ in heads, and in which keys they share.
+_GEMMA4: Any = _GEMMA | {"norm_offset": 0.0, "width": _gemma4_width, "layers_differ": True}
+
+_EXAONE_KEYS = {
+    "activation_function": "hidden_act",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "num_layers": "num_hidden_layers",
 }
+_EXAONE_NAMES = """
+transformer.wte. > model.embed_tokens.  transformer.h. > model.layers.  .ln_1. > .input_layernorm.
+transformer.ln_f. > model.norm.  .attn.attention. > .self_attn.  .ln_2. > .post_attention_layernorm.
+.out_proj. > .o_proj.  .c_fc_0. > .gate_proj.  .c_fc_1. > .up_proj.  .c_proj. > .down_proj.
+"""
 
 _AS_LLAMA = ("cwm", "diffllama", "doge", "hyperclovax", "internlm3", "minicpm3", "ministral3")
 _LIKE_LLAMA = ("ernie4_5_moe", "granitemoe", "granitemoehybrid")
@@ -142,8 +148,7 @@ _LIKE_MISTRAL = ("glm4_moe", "solar_open", *_LIKE_LLAMA)
 
 _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
-        "llama",
-        targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open", SHIPPED, *_LIKE_LLAMA),
+        "llama", targets=("mixtral", "qwen2_moe", "glm4_moe", "solar_open", SHIPPED, *_LIKE_LLAMA)
     ),
     DenseFamily(
         "mistral", windows=_alike, targets=("mixtral", "qwen2_moe", SHIPPED, *_LIKE_MISTRAL)
@@ -161,18 +166,15 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily(
         "biogpt",
-        **_HELD_BY_LAYER | {"activation": "hidden_act"},
-        layer="biogpt.layers.{layer}.",
-        embedding="biogpt.embed_tokens.weight",
+        **_IN_LAYER | _places("biogpt.layers", "embed_tokens") | {"activation": "hidden_act"},
         head="output_projection.weight",
     ),
     DenseFamily(
         "bloom",
         mlp=_H_TO_4H,
-        layer=_GPT["layer"],
-        embedding="transformer.word_embeddings.weight",
+        **_places("transformer.h", "word_embeddings"),
         activation=None,
-        keys=_own_keys("hidden_size", "n_inner", "n_head", "n_layer"),
+        keys=_keys("hidden_size n_inner n_head n_layer"),
         old_keys={"n_embed": "hidden_size", "num_attention_heads": "n_head"},
     ),
     DenseFamily("codegen", mlp=_FC_IN_OUT, norm="ln_1.weight", **_GPT),
@@ -189,25 +191,9 @@ _ROWS: Sequence[DenseFamily] = (
         "exaone",
         mlp=linear_layers("mlp.c_fc_0", "mlp.c_fc_1", "mlp.c_proj"),
         norm="ln_2.weight",
-        layer=_GPT["layer"],
-        embedding="transformer.wte.weight",
-        old_keys={
-            "activation_function": "hidden_act",
-            "layer_norm_epsilon": "rms_norm_eps",
-            "num_layers": "num_hidden_layers",
-        },
-        renamed=(
-            ("transformer.wte.", "model.embed_tokens."),
-            ("transformer.h.", "model.layers."),
-            ("transformer.ln_f.", "model.norm."),
-            (".attn.attention.", ".self_attn."),
-            (".out_proj.", ".o_proj."),
-            (".ln_1.", ".input_layernorm."),
-            (".ln_2.", ".post_attention_layernorm."),
-            (".c_fc_0.", ".gate_proj."),
-            (".c_fc_1.", ".up_proj."),
-            (".c_proj.", ".down_proj."),
-        ),
+        **_places("transformer.h", "wte"),
+        old_keys=_EXAONE_KEYS,
+        renamed=tuple(re.findall(r"(\S+) > (\S+)", _EXAONE_NAMES)),
         targets=("mixtral", "glm4_moe", SHIPPED),
         has_obsolete_code=True,
     ),
@@ -216,8 +202,7 @@ _ROWS: Sequence[DenseFamily] = (
         "falcon",
         mlp=_H_TO_4H,
         norm=("ln_mlp.weight", "post_attention_layernorm.weight", "input_layernorm.weight"),
-        layer=_GPT["layer"],
-        embedding="transformer.word_embeddings.weight",
+        **_places("transformer.h", "word_embeddings"),
         activation="activation",
         keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
     ),
@@ -231,32 +216,20 @@ _ROWS: Sequence[DenseFamily] = (
         "glm", mlp=_GATE_UP, pieces=_GATE_UP_ROWS, interleaved_rope=True, targets=("glm4_moe",)
     ),
     DenseFamily("glm4", mlp=_GATE_UP),
-    DenseFamily(
-        "gpt2",
-        mlp=linear_layers("", "mlp.c_fc", "mlp.c_proj", transposed=True),
-        norm="ln_2.weight",
-        **_GPT,
-    ),
+    DenseFamily("gpt2", mlp=_CONV1D, norm="ln_2.weight", **_GPT),
     DenseFamily("gpt_bigcode", mlp=_C_FC, norm="ln_2.weight", **_GPT),
-    DenseFamily(
-        "gpt_neo",
-        mlp=_C_FC,
-        norm="ln_2.weight",
-        **_GPT | {"keys": _own_keys("hidden_size", "intermediate_size", "num_heads", "num_layers")},
-    ),
+    DenseFamily("gpt_neo", mlp=_C_FC, norm="ln_2.weight", **_GPT_NEO),
     DenseFamily(
         "gpt_neox",
         mlp=_H_TO_4H,
-        layer="gpt_neox.layers.{layer}.",
-        embedding="gpt_neox.embed_in.weight",
+        **_places("gpt_neox.layers", "embed_in"),
         head="embed_out.weight",
         renamed=(("embed_out.", "lm_head."),),
     ),
     DenseFamily(
         "gpt_neox_japanese",
         mlp=_H_TO_4H,
-        layer="gpt_neox_japanese.layers.{layer}.",
-        embedding="gpt_neox_japanese.embed_in.weight",
+        **_places("gpt_neox_japanese.layers", "embed_in"),
         head="embed_out.weight",
         keys={"intermediate_size": "intermediate_multiple_size"},
         width=lambda values: int(values["hidden_size"] * values["intermediate_size"]),
@@ -274,9 +247,7 @@ _ROWS: Sequence[DenseFamily] = (
         targets=("granitemoehybrid",),
     ),
     DenseFamily(
-        "helium",
-        interleaved_rope=True,
-        targets=(SHIPPED, "mixtral", "glm4_moe", "ernie4_5_moe"),
+        "helium", interleaved_rope=True, targets=(SHIPPED, "mixtral", "glm4_moe", "ernie4_5_moe")
     ),
     DenseFamily("hunyuan_v1_dense", targets=("hunyuan_v1_moe",)),
     DenseFamily("iquestcoder", targets=("mixtral", "qwen2_moe", "glm4_moe", SHIPPED, *_LIKE_LLAMA)),
@@ -290,9 +261,7 @@ _ROWS: Sequence[DenseFamily] = (
     ),
     DenseFamily("lfm3", **_LFM, renamed=((".self_attn.gate_proj.", ".self_attn.g_proj."),)),
     DenseFamily(
-        "ministral",
-        windows=_ALL_SLIDE,
-        targets=("qwen2_moe", SHIPPED, "mixtral", *_LIKE_MISTRAL),
+        "ministral", windows=_ALL_SLIDE, targets=("qwen2_moe", SHIPPED, "mixtral", *_LIKE_MISTRAL)
     ),
     DenseFamily(
         "modernbert-decoder",
@@ -311,10 +280,9 @@ _ROWS: Sequence[DenseFamily] = (
         "mpt",
         mlp=linear_layers("", "ffn.up_proj", "ffn.down_proj"),
         norm="norm_2.weight",
-        layer="transformer.blocks.{layer}.",
-        embedding="transformer.wte.weight",
+        **_places("transformer.blocks", "wte"),
         activation=None,
-        keys=_own_keys("d_model", "n_inner", "n_heads", "n_layers"),
+        keys=_keys("d_model n_inner n_heads n_layers"),
         has_obsolete_code=True,
     ),
     DenseFamily("nanochat", mlp=_FC1_FC2, norm=None),
@@ -323,15 +291,13 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("olmo3", norm=None),
     DenseFamily(
         "openai-gpt",
-        mlp=linear_layers("", "mlp.c_fc", "mlp.c_proj", transposed=True),
+        mlp=_CONV1D,
         norm="ln_1.weight",
         **_GPT | {"embedding": "transformer.tokens_embed.weight", "activation": "afn"},
     ),
     DenseFamily(
         "opt",
-        **_HELD_BY_LAYER,
-        layer="model.decoder.layers.{layer}.",
-        embedding="model.decoder.embed_tokens.weight",
+        **_IN_LAYER | _places("model.decoder.layers", "embed_tokens"),
         keys={"intermediate_size": "ffn_dim"},
     ),
     DenseFamily("persimmon", mlp=_H_TO_4H),
@@ -347,9 +313,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily(
         "recurrent_gemma",
         mlp=swiglu("mlp_block"),
-        norm="channel_pre_norm.weight",
-        norm_offset=1.0,
-        activation="hidden_activation",
+        **_GEMMA | {"norm": "channel_pre_norm.weight"},
         width=lambda values: int(values["intermediate_size"]) // 2,
         layers_differ=True,
     ),
@@ -358,11 +322,7 @@ _ROWS: Sequence[DenseFamily] = (
     DenseFamily("stablelm", norm=("post_attention_layernorm.weight", "input_layernorm.weight")),
     DenseFamily("starcoder2", mlp=_C_FC),
     DenseFamily("vaultgemma", **_GEMMA),
-    DenseFamily(
-        "xglm",
-        **_HELD_BY_LAYER,
-        keys=_own_keys("d_model", "ffn_dim", "attention_heads", "num_layers"),
-    ),
+    DenseFamily("xglm", **_IN_LAYER, keys=_keys("d_model ffn_dim attention_heads num_layers")),
     DenseFamily("youtu", targets=("deepseek_v3",)),
     DenseFamily("nemotron", mlp=_UP_DOWN, norm_offset=1.0),
     DenseFamily(
@@ -370,8 +330,7 @@ _ROWS: Sequence[DenseFamily] = (
         can_ship_code=False,
         mlp=linear_layers("", "mixer.up_proj", "mixer.down_proj"),
         norm="norm.weight",
-        layer="backbone.layers.{layer}.",
-        embedding="backbone.embeddings.weight",
+        **_places("backbone.layers", "embeddings"),
         activation="mlp_hidden_act",
         kinds=lambda values: block_types(values.config),
         mlp_layer="mlp",

@@ -210,9 +210,7 @@ class UpcycledMoe(nn.Module):
         rate = getattr(dense, "residual_dropout", getattr(dense, "hidden_dropout", 0.0))
         self.dropout = dropout or nn.Dropout(rate)
 
-    def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, residual: Any = None) -> torch.Tensor:
         """Return what the chosen experts make of each token, plus the residual if it is given."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_TK, chosen_TK = self.gate(x_TH)

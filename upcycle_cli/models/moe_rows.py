@@ -301,12 +301,7 @@ _ROWS: Sequence[Target] = (
             "rms_norm_eps": None,
         },
     ),
-    Target(
-        model_type="qwen3_5_moe_text",
-        **_GATED_SHARED,
-        keys=Keys(),
-        settings=_qwen3_5_moe,
-    ),
+    Target(model_type="qwen3_5_moe_text", **_GATED_SHARED, keys=Keys(), settings=_qwen3_5_moe),
     Target(
         # Experts beside an MLP. Each has a norm behind it: the MLP's has a zero weight, so the MLP
         # is small and adds nothing at first; the experts' cancels the factor on their gates. With a

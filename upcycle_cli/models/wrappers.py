@@ -7,7 +7,7 @@ model's MLPs become experts; the vision tower and the projector are copied.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ LAYER_PREFIX = MODEL_PREFIX + "layers.{layer}."
 HEAD = "lm_head.weight"
 
 
-def replace_parts(name: str, renamed: tuple[tuple[str, str], ...]) -> str:
+def replace_parts(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     """Return a tensor name with parts replaced, in order; each pair is (old, new)."""
     for old, new in renamed:
         name = name.replace(old, new)

@@ -118,10 +118,8 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[torch.utils.hooks.RemovableH
         run.mlp_input = inputs[0]
         if run.extra is None:
             return None
-        flat = inputs[0].flatten(0, -2)
-        more = run.extra.to(flat)
-        zeros = (torch.zeros_like(more) for _ in inputs[1:])  # extra inputs have no residual
-        given = zip(inputs, (more, *zeros), strict=True)
+        more = run.extra.to(inputs[0])
+        given = zip(inputs, (more, 0 * more), strict=False)  # which have no residual
         return tuple(torch.cat([old.flatten(0, -2), new])[None] for old, new in given)
 
     def leave(_module: Model, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:  # noqa: ANN401

@@ -79,17 +79,11 @@ class LazyModel:
         """Return the part of a layer that a conversion to `target` replaces, in either model."""
         if target.keeps_mlp:
             return beside_mlp(self.layer(layer), target, is_moe=self.experts is not None)
-        return self.mlp_of(layer)
-
-    def mlp_of(self, layer: int) -> Model | Span:
-        """Return the MLP of a dense layer, or the router and experts of another."""
-        whole = self.layer(layer)
-        found = whole.get_submodule(self.mlp)
-        if not isinstance(found, torch.nn.Linear):
-            return found
-        # The layer itself runs the matrices.
-        act, last = whole.activation_fn, whole.fc2
-        return Span(found, last, lambda x_SH: last.forward(act(found.forward(x_SH))))
+        module = self.layer(layer).get_submodule
+        if self.experts is not None or self.mlp != "fc1":
+            return module(self.mlp)
+        # The layer itself runs the MLP, and no dense model gets extra inputs.
+        return Span(module("fc1"), module("fc2"), torch.nn.Identity())
 
     def router(self, layer: int) -> Model:
         """Return the module that returns logits, gates and chosen experts."""
