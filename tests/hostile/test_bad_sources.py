@@ -48,6 +48,7 @@ CONFIGS: tuple[Config, ...] = (
     *each("rope_scaling", "linear", {"type": ["linear"]}),
     *each("rope_scaling", {"rope_type": "linear", "rope_theta": "x"}, word="rope_theta"),
     *each("rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
+    *each("rope_parameters", "x", [1], 7, of="gemma3_text"),
     *each("max_position_embeddings", 2048.5),
     *each("tie_word_embeddings", None, "false"),
     *each("eos_token_id", {"id": 2}, ["</s>"]),
@@ -62,6 +63,7 @@ CONFIGS: tuple[Config, ...] = (
     *each("layer_types", [{"kind": "full"}] * 2, ["full_attention"], "full", {}, of="qwen3"),
     *each("layer_types", ["chunked_attention"] * 2, ["sliding_attention"] * 2, of="qwen3"),
     *each("sliding_window", "8", -1, of="qwen3", use_sliding_window=True),
+    *each("sliding_window", "8", [8], of="gemma3_text"),
     *each("max_window_layers", None, of="qwen3", layer_types=REMOVED, **WINDOW),
 )  # fmt: skip
 

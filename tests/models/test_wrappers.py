@@ -286,3 +286,11 @@ def test_refuse_a_wrapper(
     with pytest.raises(UpcycleError, match=words):
         convert(dense, tmp_path / "moe", SOME)
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("vision", [7, "x", [1], {"model_type": 7}, {"model_type": None}], ids=str)
+def test_an_odd_vision_tower_is_no_crash(
+    make_wrapper: MakeWrapper, tmp_path: Path, vision: object
+) -> None:
+    odd = clone(make_wrapper("llava", "llama"), tmp_path / "dense", vision_config=vision)
+    assert inspect(odd, SOME).plan is not None

@@ -55,7 +55,9 @@ def _windows(values: _Values) -> str | None:
     """Return "all", "some", or None if no window can hide a token."""
     window, kinds = values.get("sliding_window"), values.get("layer_types")
     longest = values.get("max_position_embeddings")
-    if not window or not values.get("use_sliding_window", True) or (longest and window >= longest):
+    if type(window) is not int or not values.get("use_sliding_window", True):
+        return None
+    if not window or (longest and window >= longest):
         return None
     if isinstance(kinds, list):
         return None if SLIDING not in kinds else "all" if {*kinds} == {SLIDING} else "some"

@@ -96,6 +96,7 @@ _COUNT: _Rule = (_is_count, "a positive integer")
 _OPTIONAL: _Rule = (lambda value: value is None or _is_count(value), "a positive integer")
 _NUMBER: _Rule = (_is_number, "a finite number and at least 0")
 _FLAG: _Rule = (lambda value: type(value) is bool, "true or false")
+_OBJECT: _Rule = (lambda value: not value or isinstance(value, dict), "an object or null")
 _TOKEN: _Rule = (_is_token, "a token id or null")
 _ACTIVATION: _Rule = (
     lambda value: value in table("defaults")["activations"],
@@ -109,11 +110,12 @@ _CHECKED: Mapping[str, _Rule] = {
         f"a positive integer, at most {_MAX_LAYERS}",
     ),
     **dict.fromkeys(("num_attention_heads", "max_position_embeddings"), _COUNT),
-    **dict.fromkeys(("num_key_value_heads", "head_dim"), _OPTIONAL),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), _OPTIONAL),
     **dict.fromkeys(("hidden_act", "mlp_hidden_act"), _ACTIVATION),
     **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), _NUMBER),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"), _TOKEN),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
 }
 """Keys that every forward pass reads, if a model type has them."""
 _CHECKED_IF_READ: Mapping[str, _Rule] = {
@@ -122,7 +124,6 @@ _CHECKED_IF_READ: Mapping[str, _Rule] = {
         lambda value: _is_number(value) and 0 < value <= 1,
         "a number above 0 and at most 1",
     ),
-    "sliding_window": _OPTIONAL,
     "use_sliding_window": _FLAG,
     "max_window_layers": _NUMBER,
 }
@@ -191,9 +192,6 @@ class ConfigValues:
         # either overrides the one at the top level.
         key = "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
         parameters = self.config.get(key) or {}
-        if not isinstance(parameters, dict):
-            words = f"{key} must be an object or null, not {shown(parameters)}"
-            raise UpcycleError(f"config.json: {words}.")
         if any(isinstance(value, dict) for value in parameters.values()):
             raise UpcycleError(
                 f"config.json: {key} differs from layer to layer, which no target can express."

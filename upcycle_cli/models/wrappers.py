@@ -306,10 +306,10 @@ def with_text_config(
     text["tie_word_embeddings"] = tied if wrapper.ties_by_text or not tied else stated
     if text["tie_word_embeddings"] is None:
         del text["tie_word_embeddings"]
-    vision = result.get("vision_config")
-    if native is not None and vision and "model_type" in vision:
-        # Wrappers of different types have vision towers of different types.
-        vision["model_type"] = vision["model_type"].replace(config["model_type"], native)
+    match result.get("vision_config"):
+        case {"model_type": str(kind)} if native is not None:
+            # Wrappers of different types have vision towers of different types.
+            result["vision_config"]["model_type"] = kind.replace(config["model_type"], native)
     return result | {"text_config": text}
 
 
