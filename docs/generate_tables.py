@@ -101,14 +101,15 @@ def _dense() -> Iterator[str]:
 
 
 def _wrappers() -> Iterator[str]:
-    yield from _header("models (and their text models)", "targets (default first)")
+    yield from _header("text model (if it has another name): models", "targets (default first)")
     alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for wrapper, texts in families().wrappers.items():
         for text, targets in texts.items():
-            alike.setdefault(targets, {}).setdefault(wrapper, []).append(text)
+            shown = "" if text == f"{wrapper}_text" else f"{text}: "
+            alike.setdefault(targets, {}).setdefault(shown, []).append(wrapper)
     for targets, models in alike.items():
-        named = (f"{name} ({', '.join(texts)})" for name, texts in models.items())
-        yield _row(", ".join(named), ", ".join(targets))
+        named = (text + ", ".join(names) for text, names in sorted(models.items()))
+        yield _row("; ".join(named), ", ".join(targets))
 
 
 def _targets() -> Iterator[str]:

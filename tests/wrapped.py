@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SPECIAL, TINY, random_weight, read_json, save_companions, write_json
+from conftest import (
+    SPECIAL,
+    TINY,
+    VOCAB_SIZE,
+    random_weight,
+    read_json,
+    save_companions,
+    write_json,
+)
 
 sys.path.insert(0, str(Path(__file__).parent / "interoperability"))
 
@@ -73,6 +81,12 @@ _SAM: Mapping[str, Any] = {
 }
 _SEEN: Mapping[str, int] = {"vocab_offset": 244, "vocab_size": 8}
 _HEARD: Mapping[str, int] = {"vocab_offset": 252, "vocab_size": 8}
+_TILED: Mapping[str, Any] = {"image_grid_pinpoints": [[16, 32]]}
+_MINICPM: Mapping[str, Any] = {
+    "image_token_id": IMAGE,
+    "insert_layer_id": 0,
+    "vision_config": {"num_hidden_layers": 2},
+}
 OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     "apertus1p5": {
         "image_token_offset": 190,
@@ -141,6 +155,52 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
             "num_key_value_heads": 1,
         },
     },
+    "janus": {
+        "vision_config": {"projection_dim": 32},
+        "vq_config": {
+            "embed_dim": 4,
+            "num_embeddings": 16,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "latent_channels": 32,
+            "projection_dim": 32,
+            "image_token_embed_dim": 32,
+        },
+    },
+    "lfm2_vl": {"vision_config": {"num_patches": 16}},
+    "lfm3_vl": {"vision_config": {"layer_types": ["full_attention"]}},
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _TILED),
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _MINICPM),
+    "ovis2": {
+        "hidden_size": 32,
+        "vision_config": {"vocab_size": 24},
+        "visual_indicator_token_ids": [2, 3, 4, 5, 6],
+        "vocab_size": VOCAB_SIZE,
+    },
+    "paligemma": {
+        "hidden_size": 32,
+        "projection_dim": 32,
+        "vision_config": {"projection_dim": 32},
+    },
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "do_pooling": False,
+            "num_classes": 0,
+            "model_args": {
+                "depth": 1,
+                "embed_dim": 16,
+                "global_pool": "",
+                "img_size": [16, 16],
+                "num_heads": 2,
+                "patch_size": 4,
+                "ref_feat_shape": [1, 1],
+            },
+        },
+    },
+    "pp_chart2table": {"vision_config": _SAM},
+    "vipllava": {"vision_feature_layers": [-1, 0]},
 }
 """What a tiny model needs besides `_SMALL`: keys of its config, and of the parts of that."""
 
@@ -149,12 +209,14 @@ def _around(wrapper: str) -> dict[str, Any]:
     """The config outside of the text model: transformers' own, or that of other tests, smaller."""
     from transformers import CONFIG_MAPPING
 
+    other = OTHERWISE.get(wrapper, {})
     row = next((row for name, row in WRAPPED.items() if name.split()[0] == wrapper), None)
     if row is not None:
         tokens = {key: IMAGE + number for number, key in enumerate(row.tokens)}
         small = {key: value for key, value in _SMALL.items() if key in row.sees}
-        return {"vision_config": {**row.sees, **small}, **tokens, **row.around}
-    usual, other = CONFIG_MAPPING[wrapper](), OTHERWISE.get(wrapper, {})
+        vision = {**row.sees, **small, **other.get("vision_config", {})}
+        return {**row.around, **tokens, **other, "vision_config": vision}
+    usual = CONFIG_MAPPING[wrapper]()
     keys = (key for key, value in vars(usual).items() if isinstance(value, int))
     marks = sorted(key for key in keys if key.endswith(("_token_id", "_token_index")))
     result: dict[str, Any] = {key: IMAGE + number for number, key in enumerate(marks)}
@@ -185,6 +247,8 @@ TEXTS: Mapping[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 244,  # the rest stands for pictures and sounds
     },
     "glm_ocr_text": {"rope_parameters": ROPE, "num_nextn_predict_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm3": {**SPECIAL["lfm3"]},
     "mistral": {"sliding_window": 8},
     "ministral3": {"max_position_embeddings": 1 << 18},
     "muse_glimmer_text": {
@@ -219,8 +283,8 @@ ROWS: list[Row] = [
 def save_wrapper(path: Path, wrapper: str, text: str, around: Mapping[str, Any]) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 
-    if wrapper == "gemma3n":
-        pytest.importorskip("timm")
+    if wrapper in ("gemma3n", "perception_lm"):
+        pytest.importorskip("timm")  # holds the vision tower
     inner = {**_TEXT, **TEXTS.get(text, {}), "model_type": text}
     config = CONFIG_MAPPING[wrapper](**{**AROUND[wrapper], **around, "text_config": inner})
     model = AutoModelForImageTextToText.from_config(config)

@@ -140,10 +140,11 @@ _TEXT = "model.language_model."
 _ANY = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Targets of what takes any text model."""
 _HEADED = ("language_model.lm_head.", "lm_head.")
+# transformers 4 reads only the old names, and 5 reads both.
+_TOWERS = (("_tower.vision_model.", "_tower."),)
 _LLAVA: Any = {
     "names": ((("language_model.model.", _TEXT), _HEADED, ("", MODEL_PREFIX)),),
-    # transformers 4 reads only the old names, and 5 reads both.
-    "kept": ((".vision_tower.vision_model.", ".vision_tower."),),
+    "kept": _TOWERS,
 }
 _FLAT: Any = {"ties_by_text": True, "is_flat": True}
 _QWEN: Any = {
@@ -154,6 +155,7 @@ _CLOVA: Names = (
     ("model.language_model.lm_head.", "lm_head."),
     ("model.vision_projector.", "model.projector."),
 )
+_ANY_TIED: Any = {"natives": _ANY, "ties_by_text": True}
 _ROWS: Sequence[Wrapper] = (
     Wrapper(
         "llava",
@@ -252,6 +254,24 @@ _ROWS: Sequence[Wrapper] = (
     Wrapper("idefics2", ("mistral", "llama"), text="text_model", natives=("qwen2_moe",)),
     Wrapper("idefics3", ("llama",), text="text_model", natives=_ANY),
     Wrapper("internvl", ("qwen2", "qwen3", "llama"), **_LLAVA, natives=_ANY),
+    Wrapper("janus", ("llama",), natives=_ANY),
+    Wrapper("lfm2_vl", ("lfm2",), kept=_TOWERS, natives=("lfm2_moe",)),
+    Wrapper("lfm3_vl", ("lfm3",)),
+    Wrapper("lighton_ocr", ("qwen3",), natives=_ANY),
+    Wrapper("llava_next", ("llama", "mistral", "qwen2"), **_LLAVA, natives=_ANY),
+    Wrapper("llava_next_video", ("llama", "mistral", "qwen2"), **_LLAVA, **_ANY_TIED),
+    Wrapper("llava_onevision", ("qwen2",), **_LLAVA, **_ANY_TIED),
+    Wrapper("minicpm_ocr", ("qwen3_5_text",), natives=("qwen3_5_moe_text",)),
+    Wrapper("minicpmv4_6", ("qwen3_5_text",), natives=("qwen3_5_moe_text",)),
+    Wrapper("minicpmv4_7", ("qwen3_5_text",), natives=("qwen3_5_moe_text",)),
+    Wrapper("ovis2", ("qwen2",), natives=_ANY),
+    Wrapper("paligemma", ("gemma", "gemma2"), **_LLAVA),
+    Wrapper("perception_lm", ("llama",), **_ANY_TIED),
+    Wrapper("pp_chart2table", ("qwen2",), **_LLAVA, natives=_ANY),
+    Wrapper("smolvlm", ("llama",), text="text_model", natives=_ANY),
+    Wrapper("video_llama_3", ("qwen2",), **_ANY_TIED),
+    Wrapper("video_llava", ("llama",), **_LLAVA, natives=_ANY),
+    Wrapper("vipllava", ("llama",), **_LLAVA, natives=_ANY),
 )
 WRAPPERS: Mapping[str, Wrapper] = {row.model_type: row for row in _ROWS}
 _BY_TYPE = {name: row for row in _ROWS for name in (row.model_type, row.upcycled, row.native)}
