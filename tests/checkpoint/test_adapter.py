@@ -156,6 +156,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a huge alpha": (of(lora_alpha=10**400), ("alpha 1000",)),
     "no alpha": (of(alpha_pattern={".*": math.nan}), ("alpha nan",)),
     "no pattern": (of(rank_pattern={"(": 4}), ("rank_pattern is unusable",)),
+    **{
+        f"the pattern {slow[:20]}": (of(alpha_pattern={slow: 4}), ("could take for ever",))
+        for slow in ("([a-z._0-9]+)+X", "(?:.|[a-z])*X", "a?" * 40 + "X", "(l|l)" * 40, "x|" * 200)
+    },
     "no object": (lambda p: (p / "adapter_config.json").write_text("[]"), ("not a JSON object",)),
     "pickle": (pickled, ("has no adapter_model.safetensors", "save_pretrained")),
     "no config": (lambda p: (p / "adapter_config.json").unlink(), ("no adapter_config.json",)),

@@ -54,6 +54,8 @@ _SPELLINGS = (
 """How names in memory, which adapters use, begin, and how they can begin on disk."""
 _CONV1D = ("gpt2",)
 """Model types whose layers store their weights as (inputs, outputs)."""
+_SLOW = re.compile(r"\)[*+?{]|([^*+?{(]*[*+?{(]){4}")
+"""Patterns whose search can take exponential time, and a few harmless ones."""
 _AGAIN = "Download or save the adapter again."
 
 
@@ -160,6 +162,8 @@ def _setting(config: Mapping[str, Any], usual: str, by_module: str, module: str)
     """Return a module's rank or alpha, as peft finds it; UpcycleError for a bad pattern."""
     try:
         for pattern, value in (config.get(by_module) or {}).items():
+            if len(pattern) > 200 or _SLOW.search(pattern):
+                raise re.error(f"{shown(pattern)} could take for ever")  # noqa: TRY301
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return value
     except (AttributeError, re.error, RecursionError, OverflowError) as error:
