@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import RunCli, validate_json, write_json
+from quantised import save_fp8
 from verified import edit_json, save_llama
 
 from upcycle_cli import EngineOptions, Options, Recipe, UpcycleError, convert, verify
@@ -72,6 +73,14 @@ def test_transformers_tells_a_right_model_from_a_wrong_one(
     assert wrong.status is Status.FAILED, wrong
     assert "log-probabilities of row 0 differ by" in wrong.failures[0]
     assert check(dense, tmp_path / "none").status is Status.MEASURED
+
+
+@pytest.mark.long
+def test_an_engine_gets_fp8_weights_dequantised(dense: Path, tmp_path: Path) -> None:
+    source = save_fp8(dense, tmp_path / "fp8")
+    found = check(source, convert(source, tmp_path / "moe", Recipe("E2G2T2")).output)
+    assert found.status is Status.PASSED, found
+    assert float(found.metrics["logprob_diff_max"]) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES, TensorEntry, read_shard_header
-from upcycle_cli.checkpoint.made import Made, Source, part, stored_parts
+from upcycle_cli.checkpoint.made import FP8_DTYPES, Made, Source, part, stored_parts
 from upcycle_cli.checkpoint.mapped_files import DiskRanges, MappedFiles
 from upcycle_cli.checkpoint.quantized import dequantized
 from upcycle_cli.checkpoint.storage import (
@@ -28,7 +28,7 @@ from upcycle_cli.checkpoint.storage import (
     FileStamp,
     Storage,
     file_changed,
-    find_adapter,
+    find_others,
     json_object,
     refuse_missing,
     weight_map,
@@ -128,6 +128,13 @@ class Checkpoint(Compact):
         return [self.config_name, *(file.name for file in self.shards + self.companions)]
 
     @property
+    def dequantized_to(self) -> str | None:
+        """The dtype in which FP8 weights are computed; None if there are none."""
+        is_fp8 = any(entry.dtype in FP8_DTYPES for entry in self.stored.values())
+        dtypes = [TORCH_DTYPES[made.dtype] for made in self.made.values()]
+        return dtypes[0] if is_fp8 and dtypes else None
+
+    @property
     def origin(self) -> dict[str, Any]:
         """The source's entry in the record: its name, and digests of its config and headers."""
         return {
@@ -139,6 +146,7 @@ class Checkpoint(Compact):
                 for shard in self.shards
             ],
             **({} if self.adapter is None else {"adapter": self.adapter.origin}),
+            **({} if self.dequantized_to is None else {"dequantized_to": self.dequantized_to}),
         }
 
     @property
@@ -337,7 +345,7 @@ def open_storage(storage: Storage, *, as_stored: bool = False) -> Checkpoint:
     path = storage.path
     if not storage.has(CONFIG_NAME):
         hint = "Give the directory of a Hugging Face checkpoint."
-        raise find_adapter(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
+        raise find_others(storage) or UpcycleError(f"{path} has no {CONFIG_NAME}.", hint)
     raw_config = safe_files.read_small(storage.local(CONFIG_NAME), safe_files.MOST_JSON_BYTES)
     config = json_object(raw_config, str(path / CONFIG_NAME))
     files = weight_map(storage)

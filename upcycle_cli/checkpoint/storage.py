@@ -220,14 +220,9 @@ def weight_map(storage: Storage) -> dict[str, str]:
     if storage.has(WEIGHTS_NAME):
         return {}
     if not storage.has(INDEX_NAME):
-        pickles = storage.matching(("*.bin", "*.pt", "*.pth"))
-        words = f"has no {WEIGHTS_NAME} and no {INDEX_NAME}."
+        words = f"{storage.path} has no {WEIGHTS_NAME} and no {INDEX_NAME}."
         hint = "Only safetensors checkpoints under these names can be read."
-        if pickles:
-            words = f"has its weights as pickle ({pickles[0]}), which can run code when opened."
-            hint = "If you trust it, load it with transformers' from_pretrained, save it with "
-            hint += "save_pretrained, and give the new directory."
-        raise find_adapter(storage) or UpcycleError(f"{storage.path} {words}", hint)
+        raise find_others(storage) or UpcycleError(words, hint)
     index_path = storage.local(INDEX_NAME)
     listed = read_json(index_path, safe_files.MOST_LISTING_BYTES).get("weight_map")
     if not isinstance(listed, dict) or not listed:
@@ -237,6 +232,22 @@ def weight_map(storage: Storage) -> dict[str, str]:
             words = f"{index_path} lists {name} in {shown(shard)}"
             raise UpcycleError(f"{words}, which is not a file of this directory.")
     return listed
+
+
+def find_others(storage: Storage) -> UpcycleError | None:
+    """Return the error for a directory with an adapter, pickles or GGUF; None for others."""
+    names = storage.matching(("*.bin", "*.pt", "*.pth", "*.gguf"))
+    if storage.has(ADAPTER_NAME) or not names:
+        return find_adapter(storage)
+    kind, option = f"as pickle ({names[0]}), which can run code when opened", ""
+    if names[0].endswith(".gguf"):
+        kind, option = f"as GGUF ({names[0]})", ", gguf_file='FILE'"
+    return UpcycleError(
+        f"{storage.path} has its weights {kind}.",
+        'If you trust it, write safetensors and give NEW: python -c "from transformers import '
+        f"AutoModelForCausalLM as M; M.from_pretrained('DIRECTORY'{option}).save_pretrained('NEW')"
+        '"',
+    )
 
 
 def find_adapter(storage: Storage) -> UpcycleError | None:

@@ -290,24 +290,6 @@ def num_bytes(expr: Expr) -> int:
     return ITEM_BYTES[kind.dtype] * math.prod(kind.shape)
 
 
-def contiguous_source(expr: Expr) -> tuple[str, int, int] | None:
-    """Return the source tensor and the byte range that hold an expression's value; else None."""
-    match expr:
-        case Source(name):
-            return name, 0, num_bytes(expr)
-        case Slice(of, dim, start):
-            whole, kind = contiguous_source(of), type_of(of)
-            if whole is None or math.prod(kind.shape[:dim]) != 1:
-                return None
-            name, begin, _ = whole
-            begin += start * ITEM_BYTES[kind.dtype] * math.prod(kind.shape[dim + 1 :])
-            return name, begin, begin + num_bytes(expr)
-        case Select(of, index):
-            return contiguous_source(Slice(of, 0, index, index + 1))
-        case _:
-            return None
-
-
 def leaves(expr: Expr) -> Iterator[Expr]:
     """Yield the parts of an expression; their bytes, end to end, are its bytes."""
     match expr:
@@ -340,7 +322,7 @@ def operands(expr: Expr) -> tuple[Expr, ...]:
         case Concat(parts) | Stack(parts) | Mean(parts):
             return parts
         case Dequantize() | LowRank():
-            return expr.parts
+            return (*made.inputs(expr).values(),)
         case _:
             return (expr.of,)
 

@@ -44,6 +44,8 @@ def facts(plan: Plan) -> dict[str, str]:
         flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
         found["FLOPs per token"] = f"{flops}, attention scores left out"
     found["size"] = f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
+    if (dtype := plan.source.dequantized_to) is not None:
+        found["source weights"] = f"FP8, computed in {dtype}; the output is not quantised"
     if not grown:
         found |= _weights_of_recipe(plan)
     found["promise"] = _promise(plan)

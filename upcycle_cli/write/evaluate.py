@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
 
 from upcycle_cli.checkpoint import header
 from upcycle_cli.checkpoint.header import NUMPY_DTYPES, OverflowInCastError, rounded, to_float32
-from upcycle_cli.checkpoint.made import Made, Read, part
+from upcycle_cli.checkpoint.made import Read, part
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan import expressions as ex
 from upcycle_cli.plan.expressions import describe
@@ -24,7 +24,10 @@ from upcycle_cli.write.random_draws import drawn_on, permutation, standard_norma
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from upcycle_cli.checkpoint.made import Index
+    from upcycle_cli.checkpoint.made import Index, Made
+
+    _Selection: TypeAlias = tuple[Made, NDArray[np.intp], NDArray[np.intp]]
+    """Rows and columns of a computed tensor."""
 
 _TOGETHER_ITEMS = 1 << 18
 """Values of the rows that columns are gathered from at once."""
@@ -48,10 +51,6 @@ def evaluate(
     result may alias the bytes of `read`. Raises OverflowInCastError when a finite value does not
     fit the output dtype, UpcycleError when a router cannot be drawn.
     """
-    stretch = ex.contiguous_source(expr)
-    if stretch is not None:
-        name, begin, end = stretch
-        return read(name)[begin:end]
     return _bytes(np.ascontiguousarray(_Evaluator(read, vanished).value(expr)))
 
 
@@ -76,11 +75,11 @@ def evaluate_together(
             columns = _columns(first.of, start, min(start + step, width))
             yield 0, _bytes(evaluator.value(ex.Transpose(columns)))
     elif len(exprs) == 1 and (chosen := _selection(first)) is not None:
-        count, width = chosen.shape
-        step = max(1, _TRANSPOSED_ITEMS // max(1, width))
-        for start in range(0, count, step):
-            rows = _narrowed(chosen.rows, slice(start, min(start + step, count)))
-            yield 0, _bytes(evaluator.selected(chosen._replace(rows=rows)).all(chosen.made.dtype))
+        made, places, across = chosen
+        step = max(1, _TRANSPOSED_ITEMS // max(1, len(across)))
+        for start in range(0, len(places), step):
+            some = made, places[start : start + step], across
+            yield 0, _bytes(evaluator.selected(some).all(made.dtype))
     elif len(exprs) == 1:
         yield 0, evaluate(first, read, vanished)
     else:
@@ -111,29 +110,13 @@ def _columns(expr: ex.Expr, start: int, stop: int) -> ex.Expr:
             return ex.Slice(expr, 1, start, stop)
 
 
-class _Selection(NamedTuple):
-    """Rows and columns of a computed tensor; see `made.part`."""
-
-    made: Made
-    rows: Index
-    columns: Index
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The number of rows and columns."""
-        rows, columns = (
-            each.stop - each.start if isinstance(each, slice) else len(each) for each in self[1:]
-        )
-        return rows, columns
-
-
 def _selection(expr: ex.Expr) -> _Selection | None:
     """Return the part of a computed tensor that an expression takes; None for other expressions."""
     chosen: Index
     match expr:
         case ex.Dequantize() | ex.LowRank():
             *rows, columns = expr.shape if len(expr.shape) > 1 else (*expr.shape, 1)
-            return _Selection(expr, slice(0, math.prod(rows)), slice(0, columns))
+            return expr, np.arange(math.prod(rows)), np.arange(columns)
         case ex.Select(of, index):
             dim, height = 0, ex.type_of(expr).shape[0]
             chosen = slice(index * height, (index + 1) * height)
@@ -145,20 +128,8 @@ def _selection(expr: ex.Expr) -> _Selection | None:
             return None
     if len(ex.type_of(expr).shape) > 2 or (whole := _selection(of)) is None:
         return None
-    if dim:
-        return whole._replace(columns=_narrowed(whole.columns, chosen))
-    return whole._replace(rows=_narrowed(whole.rows, chosen))
-
-
-def _narrowed(index: Index, chosen: Index) -> Index:
-    """Return the chosen ones of some places."""
-    if not isinstance(index, slice):
-        places: NDArray[np.intp] = index[chosen]
-        return places
-    if isinstance(chosen, slice):
-        return slice(index.start + chosen.start, index.start + chosen.stop)
-    shifted: NDArray[np.intp] = chosen + index.start
-    return shifted
+    made, places, others = whole
+    return (made, places, others[chosen]) if dim else (made, places[chosen], others)
 
 
 def _gather_of(expr: ex.Expr) -> ex.Gather:
@@ -234,13 +205,13 @@ class _Evaluator:
 
     def selected(self, chosen: _Selection) -> Rows:
         """Return the rows of a part of a computed tensor, none of which are in memory."""
+        made, places, columns = chosen
 
         def make(rows: slice) -> NDArray[Any]:
-            rows = slice(rows.start, min(rows.stop, chosen.shape[0]))
-            return part(chosen.made, self.read, _narrowed(chosen.rows, rows), chosen.columns)
+            return part(made, self.read, _as_slice(places[rows]), _as_slice(columns))
 
-        items = _PRODUCT_ITEMS if isinstance(chosen.made, ex.LowRank) else _PIECE_ITEMS
-        return Rows(chosen.shape, make, items)
+        items = _PRODUCT_ITEMS if isinstance(made, ex.LowRank) else _PIECE_ITEMS
+        return Rows((len(places), len(columns)), make, items)
 
     def applied(self, expr: ex.Expr, rows: NDArray[Any]) -> NDArray[Any]:
         """Apply the casts and scales of an expression to rows that are not gathered yet."""
@@ -306,6 +277,12 @@ def _norm(values: NDArray[np.float64]) -> float:
 def _normal(expr: ex.Normal | ex.RandomLike, std: float, dtype: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         return rounded(standard_normal(expr.seed, expr.stream, expr.shape) * std, dtype)
+
+
+def _as_slice(places: NDArray[np.intp]) -> Index:
+    """Return places in a row as a slice, which reads without a copy."""
+    whole = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0)
+    return whole if np.array_equal(places, np.arange(whole.start or 0, whole.stop)) else places
 
 
 # Rows, a few at a time so that they stay in cache ----------------------------------------------
