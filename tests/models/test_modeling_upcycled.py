@@ -65,6 +65,20 @@ def mixtures(model: Any) -> list[tuple[str, Any]]:
     return [pair for pair in model.named_modules() if type(pair[1]).__name__ == "UpcycledMoe"]
 
 
+def count_dropouts(model: Any) -> int:
+    """Count the dropouts that change something while a model runs."""
+    calls, own = [], torch.nn.functional.dropout
+
+    def counted(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:  # noqa: FBT001, FBT002
+        calls.append(p) if training and p else None
+        return own(x, p, training, inplace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "dropout", counted)
+        model(IDS)
+    return len(calls)
+
+
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     found: torch.Tensor = model(IDS).logits
@@ -125,6 +139,27 @@ def test_every_implementation_computes_the_same(small: Small, tmp_path: Path, fa
     for requested, used in ((None, "grouped_mm"), ("batched_mm", "batched_mm")):
         loaded = load(tmp_path / "moe", torch.float32, experts_implementation=requested)
         assert loaded.config._experts_implementation == used
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "rate"),
+    [
+        ("bloom", "hidden_dropout", 0.25),
+        ("falcon", "hidden_dropout", 0.0),  # its layer drops out, and its MLP only has the rate
+        ("gpt2", "resid_pdrop", 0.25),
+        ("opt", "dropout", 0.0),  # its layer, too
+        ("starcoder2", "residual_dropout", 0.25),
+    ],
+)
+def test_experts_drop_out_what_the_dense_mlp_does(
+    make_dense: MakeDense, tmp_path: Path, family: str, key: str, rate: float
+) -> None:
+    settings: dict[str, Any] = {key: 0.25}
+    source = make_dense(family, **settings)
+    moe = load(convert(source, tmp_path / "moe", "E2G2T2", target=SHIPPED).output)
+    assert {mixture.dropout.p for _, mixture in mixtures(moe)} == {rate}
+    dense, found = (load(path).train() for path in (source, tmp_path / "moe"))
+    assert count_dropouts(dense) == count_dropouts(found)
 
 
 @pytest.mark.parametrize("routing", Routing)

@@ -23,7 +23,6 @@ SLIDING = "sliding_attention"
 Windows = tuple[int | None, ...]
 """The sliding window of each layer, in tokens; None for full attention."""
 
-
 Pieces = Mapping[str, Mapping[str, str]]
 """Fused tensors that native targets store separately, by their names within the layer.
 
@@ -63,8 +62,7 @@ class DenseFamily:
     embedding: str = "model.embed_tokens.weight"
     head: str = HEAD
     activation: str | None = "hidden_act"
-    """The config key of the MLP's activation; None if it is always SiLU, or
-    always the same without a gate."""
+    """The config key of the MLP's activation; None if it is fixed (SiLU, if there is a gate)."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Common config keys (hidden_size, …) with the names that this type uses instead."""
     old_keys: Mapping[str, str] = field(default_factory=dict)

@@ -95,10 +95,8 @@ _BY_PATTERN = _sliding(
 _HEADS = {"q": "num_attention_heads", "k": "num_key_value_heads", "v": "num_key_value_heads"}
 _QKV_ROWS = {f"self_attn.{part}_proj.weight": f"{n}*head_dim" for part, n in _HEADS.items()}
 _QKV: Pieces = {"self_attn.qkv_proj.weight": _QKV_ROWS}
-_GATE_AND_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
-_GATE_UP_ROWS: Pieces = {
-    "mlp.gate_up_proj.weight": dict.fromkeys(_GATE_AND_UP, "intermediate_size")
-}
+_HALVES = {f"mlp.{part}_proj.weight": "intermediate_size" for part in ("gate", "up")}
+_GATE_UP_ROWS: Pieces = {"mlp.gate_up_proj.weight": _HALVES}
 """For layers that stay dense."""
 
 _UP_DOWN = linear_layers("", "mlp.up_proj", "mlp.down_proj")
@@ -131,11 +129,10 @@ _GEMMA: Any = {
 # Layers differ in heads, and in which keys they share.
 _GEMMA4: Any = _GEMMA | {"norm_offset": 0.0, "width": _gemma4_width, "layers_differ": True}
 
-_EXAONE_KEYS = {
-    "activation_function": "hidden_act",
-    "layer_norm_epsilon": "rms_norm_eps",
-    "num_layers": "num_hidden_layers",
-}
+_pairs = re.compile(r"(\S+) > (\S+)").findall
+_EXAONE_KEYS = """
+activation_function > hidden_act  layer_norm_epsilon > rms_norm_eps  num_layers > num_hidden_layers
+"""
 _EXAONE_NAMES = """
 transformer.wte. > model.embed_tokens.  transformer.h. > model.layers.  .ln_1. > .input_layernorm.
 transformer.ln_f. > model.norm.  .attn.attention. > .self_attn.  .ln_2. > .post_attention_layernorm.
@@ -192,8 +189,8 @@ _ROWS: Sequence[DenseFamily] = (
         mlp=linear_layers("mlp.c_fc_0", "mlp.c_fc_1", "mlp.c_proj"),
         norm="ln_2.weight",
         **_places("transformer.h", "wte"),
-        old_keys=_EXAONE_KEYS,
-        renamed=tuple(re.findall(r"(\S+) > (\S+)", _EXAONE_NAMES)),
+        old_keys=dict(_pairs(_EXAONE_KEYS)),
+        renamed=tuple(_pairs(_EXAONE_NAMES)),
         targets=("mixtral", "glm4_moe", SHIPPED),
         has_obsolete_code=True,
     ),

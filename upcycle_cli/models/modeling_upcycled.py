@@ -207,7 +207,8 @@ class UpcycledMoe(nn.Module):
         self.experts_name = "experts" if is_usual else "expert_mlps"
         self.add_module(self.experts_name, experts)
         dropout = next((m for m in dense.children() if isinstance(m, nn.Dropout)), None)
-        rate = getattr(dense, "residual_dropout", getattr(dense, "hidden_dropout", 0.0))
+        adds_residual = "residual" in signature(dense.forward).parameters
+        rate = getattr(dense, "hidden_dropout" if adds_residual else "residual_dropout", 0.0)
         self.dropout = dropout or nn.Dropout(rate)
 
     def forward(self, hidden_states: torch.Tensor, residual: Any = None) -> torch.Tensor:

@@ -125,8 +125,7 @@ def _watch(run: Run, mlp: Model | Span) -> Iterator[torch.utils.hooks.RemovableH
     def leave(_module: Model, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:  # noqa: ANN401
         made = first_of(output)
         if run.extra is None:
-            # Some MLPs also get the residual, and add it.
-            run.mlp_output = made - inputs[1] if inputs[1:] else made
+            run.mlp_output = made - inputs[1] if inputs[1:] else made  # without the residual
             return None
         count = made.shape[-2] - len(run.extra)
         run.extra = made[0, count:]
