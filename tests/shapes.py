@@ -83,6 +83,20 @@ def model_shapes(config: Mapping[str, Any], layout: ExpertLayout = ExpertLayout.
     return shapes
 
 
+def wrapper_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The tensors of a whole model that takes pictures, as transformers writes them."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
+
+    theirs = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(theirs)
+    held = revert_weight_conversion(model, model.state_dict())
+    is_tied = theirs.tie_word_embeddings
+    names = (name for name in held if not (is_tied and name.endswith("lm_head.weight")))
+    return {name: tuple(held[name].shape) for name in names}
+
+
 def write_hollow(
     directory: Path,
     config: Mapping[str, Any],
