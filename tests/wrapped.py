@@ -283,7 +283,7 @@ ROWS: list[Row] = [
 def save_wrapper(path: Path, wrapper: str, text: str, around: Mapping[str, Any]) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 
-    if wrapper in ("gemma3n", "perception_lm"):
+    if wrapper in ("fast_vlm", "gemma3n", "perception_lm"):
         pytest.importorskip("timm")  # holds the vision tower
     inner = {**_TEXT, **TEXTS.get(text, {}), "model_type": text}
     config = CONFIG_MAPPING[wrapper](**{**AROUND[wrapper], **around, "text_config": inner})
@@ -291,6 +291,8 @@ def save_wrapper(path: Path, wrapper: str, text: str, around: Mapping[str, Any])
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.data = random_weight(name, parameter.shape, generator)
+        if "timm_model" in name and parameter.dim() == 4:  # few weights see each channel
+            parameter.data *= 10 / parameter[0].numel() ** 0.5
     model.config.dtype = torch.float32
     model.save_pretrained(path)
     save_companions(path)

@@ -20,7 +20,17 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 from wrapped import Row
 
-from upcycle_cli import Recipe, UpcycleError, build_plan, convert, inspect, open_checkpoint
+from upcycle_cli import (
+    MergeRequest,
+    Options,
+    Recipe,
+    UpcycleError,
+    build_plan,
+    convert,
+    inspect,
+    open_checkpoint,
+    verify,
+)
 from upcycle_cli.models.overview import families
 from upcycle_cli.models.wrappers import WRAPPERS
 from upcycle_cli.recipe.recipe import SHIPPED
@@ -138,6 +148,26 @@ def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> Non
 
 def save(dense: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_counters_of_a_vision_tower_are_copied(
+    make_wrapper: MakeWrapper, tmp_path: Path, others: int
+) -> None:
+    counter = {"vision_tower.norm.num_batches_tracked": torch.tensor(3)}
+    dense = clone(make_wrapper("llava", "llama"), tmp_path / "dense")
+    save(dense, read_tensors(dense) | counter)
+    models = [clone(dense, tmp_path / f"other{number}") for number in range(others)]
+    merge = MergeRequest(experts_from=models, rest="mean") if models else None
+    options = Options(dtype="bfloat16")
+    moe = convert(dense, tmp_path / "moe", "E4G2T4", options=options, merge=merge).output
+    assert read_tensors(moe).items() >= counter.items()
+    report = verify(dense, moe, experts_from=models, checks=["directory", "weights"])
+    assert not any(check.failures for check in report.checks)
+    text = {"language_model.model.layers.0.mlp.up_proj.num_batches_tracked": torch.tensor(3)}
+    save(dense, read_tensors(dense) | text)
+    with pytest.raises(UpcycleError, match="is stored as I64"):
+        convert(dense, tmp_path / "refused", SOME)
 
 
 def test_a_wrapper_without_vision_and_audio(make_wrapper: MakeWrapper, tmp_path: Path) -> None:

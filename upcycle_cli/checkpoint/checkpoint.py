@@ -16,7 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES, TensorEntry, read_shard_header
+from upcycle_cli.checkpoint.header import (
+    COUNTERS,
+    ITEM_BYTES,
+    TORCH_DTYPES,
+    TensorEntry,
+    read_shard_header,
+)
 from upcycle_cli.checkpoint.made import FP8_DTYPES, Made, Source, part, stored_parts
 from upcycle_cli.checkpoint.mapped_files import DiskRanges, MappedFiles
 from upcycle_cli.checkpoint.quantized import dequantized
@@ -274,7 +280,7 @@ class Reader:
         Do not write to them, or use them after the reader is closed.
         """
         checkpoint, entry = self._find(name)
-        if entry.dtype not in TORCH_DTYPES and not checkpoint.made:
+        if entry.dtype not in {**TORCH_DTYPES, **COUNTERS} and not checkpoint.made:
             raise UpcycleError(
                 f"{checkpoint.path}: {entry.name} is stored as {entry.dtype}.",
                 f"Only {', '.join(TORCH_DTYPES)} can be read.",
@@ -324,7 +330,7 @@ class Reader:
 def _as_torch(data: memoryview | bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
-    kind = getattr(torch, TORCH_DTYPES[dtype])
+    kind = getattr(torch, {**TORCH_DTYPES, **COUNTERS}[dtype])
     if not len(data):
         return torch.empty([max(0, size) for size in shape], dtype=kind)
     return torch.frombuffer(data, dtype=kind).reshape(shape)

@@ -31,7 +31,10 @@ ITEM_BYTES = {
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of weights that can be converted, and torch's names for them."""
 
-NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+COUNTERS = {"I64": "int64"}
+"""The dtypes of counters, which norms around a text model have: they are copied as they are."""
+
+NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
 """numpy's dtype for each safetensors dtype; numpy has no bfloat16, so its bits are held."""
 
 LARGEST = {"F32": (2 - 2**-23) * 2.0**127, "BF16": (2 - 2**-7) * 2.0**127, "F16": 65504.0}

@@ -243,6 +243,7 @@ _ROWS: Sequence[Wrapper] = (
     Wrapper("deepseek_vl", ("llama",), natives=_ANY),
     Wrapper("deepseek_vl_hybrid", ("llama",), natives=_ANY),
     Wrapper("exaone4_5", ("exaone4",), old_texts=("exaone4_5_text",)),
+    Wrapper("fast_vlm", ("qwen2",), natives=_ANY, ties_by_text=True),
     Wrapper("fuyu", ("persimmon",), **_LLAVA),
     Wrapper("got_ocr2", ("qwen2",), **_LLAVA, natives=_ANY),
     Wrapper(

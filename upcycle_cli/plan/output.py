@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from upcycle_cli.checkpoint.header import TORCH_DTYPES, Tensor
+from upcycle_cli.checkpoint.header import COUNTERS, TORCH_DTYPES, Tensor
 from upcycle_cli.checkpoint.storage import WEIGHTS_NAME
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError
@@ -118,4 +118,6 @@ class Options:
     def cast(self, expr: Expr) -> Expr:
         """Return an expression in the chosen dtype."""
         dtype = self.storage_dtype
-        return expr if dtype in (None, type_of(expr).dtype) else Cast(expr, dtype)
+        if dtype is None or type_of(expr).dtype in (dtype, *COUNTERS):
+            return expr
+        return Cast(expr, dtype)

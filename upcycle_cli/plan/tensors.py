@@ -25,6 +25,7 @@ from itertools import product
 from typing import NamedTuple
 
 from upcycle_cli.checkpoint.checkpoint import tensor_of
+from upcycle_cli.checkpoint.header import COUNTERS
 from upcycle_cli.checkpoint.made import renamed
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.defaults import dimension
@@ -95,7 +96,7 @@ class TensorMaker:
     def _uncast(self, name: str) -> ex.Held | ex.Mean:
         """Return a tensor outside the experts: the source's, or the mean of all models."""
         stored, merge = self._stored(name), self._plan.merge
-        if merge is None or merge.rest is NonExpertWeights.FIRST:
+        if merge is None or merge.rest is NonExpertWeights.FIRST or stored.dtype in COUNTERS:
             return stored
         several = [self._stored(name, model) for model in range(len(self._plan.sources))]
         # The mean is rounded once, to the dtype in which it is written; its parts are not.

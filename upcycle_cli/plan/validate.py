@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.header import TORCH_DTYPES
+from upcycle_cli.checkpoint.header import COUNTERS, TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import MERGE_WITH_PEFT
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.models.dense import DenseModel, why_unread
@@ -27,7 +27,9 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     if head in held:
         # A tied model may carry its head: it is copied, and engines treat it as before.
         shapes[head] = shapes[dense.family.embedding]
-    check_tensors(source, shapes, dropped)
+    counters = {name for name, entry in source.tensors.items() if entry.dtype in COUNTERS}
+    around = {name for name in counters if not dense.family.has(name)}
+    check_tensors(source, shapes, {*dropped, *around})
     if source.adapter is not None and dense.values.get("tie_word_embeddings"):
         for name in {dense.family.embedding, head} & source.made.keys():
             words = f"changes {name}, which embedding and head share (tie_word_embeddings)"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
-from upcycle_cli.checkpoint.header import TORCH_DTYPES
+from upcycle_cli.checkpoint.header import COUNTERS, TORCH_DTYPES
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.options import Promise
@@ -81,7 +81,7 @@ def check_outputs(
     findings = Findings(
         f"{entry.name} is {entry.dtype}, which upcycle does not support"
         for entry in moe.tensors.values()
-        if entry.dtype not in TORCH_DTYPES
+        if entry.dtype not in {**TORCH_DTYPES, **COUNTERS}
     )
     if findings:
         return findings.result(_NAME, "", note=_NOT_COMPARED)
