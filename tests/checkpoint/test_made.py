@@ -42,7 +42,8 @@ def rounded_once(total: Fraction) -> np.float32:
         guess,
         np.nextafter(guess, np.float32(np.inf)),
     )
-    return min(around, key=lambda x: (abs(exact(x) - total), int(x.view(np.uint32)) & 1))
+    near = sorted(around, key=lambda x: (abs(exact(x) - total), int(x.view(np.uint32)) & 1))
+    return near[0]
 
 
 def hard(kind: str) -> tuple[Floats, Floats]:
