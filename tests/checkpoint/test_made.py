@@ -34,7 +34,7 @@ def exact(value: float) -> Fraction:
     return Fraction(float(value))
 
 
-def rounded_once(total: Fraction) -> np.float32:
+def rounded_once(total: Fraction) -> float:
     """Return the float32 next to a fraction, ties to even."""
     guess = np.float32(float(total))
     around = (
@@ -43,7 +43,7 @@ def rounded_once(total: Fraction) -> np.float32:
         np.nextafter(guess, np.float32(np.inf)),
     )
     near = sorted(around, key=lambda x: (abs(exact(x) - total), int(x.view(np.uint32)) & 1))
-    return near[0]
+    return float(near[0])
 
 
 def hard(kind: str) -> tuple[Floats, Floats]:
