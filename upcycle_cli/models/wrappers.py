@@ -138,7 +138,7 @@ class Inside:
 
 _TEXT = "model.language_model."
 _ANY = ("mixtral", "qwen2_moe", "qwen3_moe")
-"""Targets of what takes any text model."""
+"""Targets of what takes any text model; the rows list text models that were tested."""
 _HEADED = ("language_model.lm_head.", "lm_head.")
 # transformers 4 reads only the old names, and 5 reads both.
 _TOWERS = (("_tower.vision_model.", "_tower."),)
@@ -157,19 +157,8 @@ _CLOVA: Names = (
 )
 _ANY_TIED: Any = {"natives": _ANY, "ties_by_text": True}
 _ROWS: Sequence[Wrapper] = (
-    Wrapper(
-        "llava",
-        ("llama", "mistral", "qwen2", "qwen3"),  # it takes any; these were tested
-        **_LLAVA,
-        natives=_ANY,
-        ties_by_text=True,
-    ),
-    Wrapper(
-        "mistral3",
-        ("mistral", "ministral3"),
-        **_LLAVA,
-        natives=("mixtral", "qwen2_moe"),
-    ),
+    Wrapper("llava", ("llama", "mistral", "qwen2", "qwen3"), **_LLAVA, **_ANY_TIED),
+    Wrapper("mistral3", ("mistral", "ministral3"), **_LLAVA, natives=("mixtral", "qwen2_moe")),
     Wrapper("gemma3", ("gemma3_text",), **_LLAVA),
     Wrapper("qwen2_vl", ("qwen2_vl_text",), **_QWEN),
     Wrapper("qwen2_5_vl", ("qwen2_5_vl_text",), **_QWEN),

@@ -98,7 +98,6 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
         "image_position_ids": ((1, *flat), {"image_position_ids": places}),
         "spatial_shapes": ((1, *flat), {"spatial_shapes": grid, **mask}),
         "target_sizes": ((1, _CHANNELS, patch, count * patch), {"target_sizes": grid}),
-        "image_grid_hw": (flat, {"image_grid_hw": grid}),
         "image_merge_sizes": (flat, {**grids, "image_merge_sizes": torch.tensor([2])}),
         "image_grid_thw": (flat, grids),
     }
