@@ -146,6 +146,17 @@ def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> Non
         convert(moe, tmp_path / "again", wrapped.recipe(GEMMA4))
 
 
+def test_llava_around_a_tower_for_pictures_of_several_sizes(tmp_path: Path) -> None:
+    """Pixtral 12B is this."""
+    around = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    around |= {"vision_config": wrapped.AROUND["mistral3"]["vision_config"]}
+    dense = wrapped.save_wrapper(tmp_path / "dense", "llava", "mistral", around)
+    recipe = wrapped.recipe(("llava", "mistral", "mixtral"))
+    moe = convert(dense, tmp_path / "moe", recipe).output
+    assert distance(dense, moe) < wrapped.SAME
+    assert wrapped.failures(dense, moe) == []
+
+
 def save(dense: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
 
@@ -219,6 +230,17 @@ RENAMED: dict[str, tuple[Row, tuple[tuple[str, str], ...]]] = {
     ),
     "llava, as released": (LLAVA, (("vision_tower.", "vision_tower.vision_model."), ("", ""))),
     "gemma3, as released": (GEMMA3, (("vision_tower.", "vision_tower.vision_model."), ("", ""))),
+    "lfm2_vl, as released": (
+        ("lfm2_vl", "lfm2", SHIPPED),
+        (("model.vision_tower.", "model.vision_tower.vision_model."), ("", "")),
+    ),
+    "video_llava, as released": (
+        ("video_llava", "llama", SHIPPED),
+        (
+            *((f"{name}_tower.", f"{name}_tower.vision_model.") for name in ("image", "video")),
+            ("", ""),
+        ),
+    ),
     "qwen2_5_vl, as in memory": (
         ("qwen2_5_vl", "qwen2_5_vl_text", SHIPPED),
         (("lm_head", "lm_head"), ("model.", _TEXT), ("", _REST)),
