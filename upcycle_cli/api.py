@@ -322,7 +322,8 @@ def _assist(plan: Plan, request: Request, team: Team) -> Conversion:
 def _verify(plan: Plan, output: Path, watch: Progress) -> Report:
     from upcycle_cli.verification.verify import verify
 
-    dense, *others = (source.local for source in plan.sources)
+    parts = (source.base_and_adapter for source in plan.sources)
+    dense, *others = ("+".join(str(part.path) for part in each) for each in parts)
     rows = plan.inputs.rows
     try:
         return verify(

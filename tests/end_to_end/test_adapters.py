@@ -152,7 +152,7 @@ def test_repos_with_revisions(
     hub.store.upload("acme/code", files)  # main is unusable now
     source = f"acme/base+acme/code@{commits[1]}"
     inspected = " ".join(run("inspect", source).stdout.split())
-    assert "acme/code: LoRA of rank 4 on 10 tensors" in inspected
+    assert "acme/code: 20 tensors of LoRA of rank 4" in inspected
     said = " ".join(
         run("convert", source, "out", "-r", "E2G1T1", "--save-config", "c.toml").stderr.split()
     )

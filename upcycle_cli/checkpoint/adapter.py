@@ -66,9 +66,7 @@ def open_adapter(storage: Storage) -> Checkpoint:
         refuse_missing(path)
     for name in (ADAPTER_NAME, ADAPTER_WEIGHTS_NAME):
         if not storage.has(name):
-            hint = "In BASE+ADAPTER, ADAPTER is a LoRA adapter as peft saves it."
-            if storage.has("adapter_model.bin"):
-                hint = "Load it with peft if you trust it, and save it again (save_pretrained)."
+            hint = "After the + stands a LoRA adapter, as peft's save_pretrained writes it."
             raise UpcycleError(f"{path} has no {name}.", hint)
     raw = read_small(storage.local(ADAPTER_NAME), MOST_JSON_BYTES)
     config = json_object(raw, str(path / ADAPTER_NAME))

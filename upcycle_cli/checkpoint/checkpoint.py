@@ -114,11 +114,6 @@ class Checkpoint(Compact):
         return (self,) if self.adapter is None else (replace(self, adapter=None), self.adapter)
 
     @property
-    def local(self) -> str:
-        """The directory, with an adapter BASE+ADAPTER."""
-        return "+".join(str(each.path) for each in self.base_and_adapter)
-
-    @property
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(entry.nbytes for entry in self.tensors.values())

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,6 +83,8 @@ class Storage:
     path: Path
     is_local: ClassVar[bool] = True
     """Whether all files are on this machine."""
+    adapter: Storage | None = field(default=None, kw_only=True)
+    """Where the adapter of the model is, if it has one."""
 
     def has(self, name: str) -> bool:
         """Whether a file of this name exists."""

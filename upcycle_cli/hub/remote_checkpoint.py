@@ -10,11 +10,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import TypeAlias
 
 from upcycle_cli.checkpoint.adapter import open_adapter, with_adapter
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_storage
@@ -62,12 +61,12 @@ def check_revision(revision: str | None) -> None:
 
 def split_adapter(source: Path | str) -> tuple[str, str | None]:
     """Split BASE+ADAPTER; a directory whose name has a +, or a model alone, has no adapter."""
-    text, found = str(source), []
-    for plus in () if os.path.exists(text) else re.finditer(r"\+(?=.)", text):  # noqa: PTH110
-        base, adapter = text[: plus.start()], text[plus.end() :]
-        if _is_place(base):
-            found.append((not _is_place(adapter), base, adapter))
-    return min(found)[1:] if found else (text, None)
+    text = str(source)
+    signs = () if os.path.exists(text) else re.finditer(r"\+(?=.)", text)  # noqa: PTH110
+    cuts = [sign.start() for sign in signs if _is_place(text[: sign.start()])]
+    # A + can be a part of a name: prefer two places that can be.
+    cut = next((cut for cut in cuts if _is_place(text[cut + 1 :])), min(cuts, default=None))
+    return (text, None) if cut is None else (text[:cut], text[cut + 1 :])
 
 
 def _is_place(text: str) -> bool:
@@ -78,8 +77,7 @@ def locate_model(
     source: Path | str, revision: str | None = None, config_name: str = CONFIG_NAME
 ) -> Storage:
     """Return where a model's files are, with a repo's config in the cache; UpcycleError."""
-    if revision is None:
-        source, revision = split_revision(str(source))
+    source, revision = split_revision(str(source)) if revision is None else (source, revision)
     check_revision(revision)
     if is_repo_id(source):
         return _find_repo(str(source), revision, config_name)
@@ -89,26 +87,22 @@ def locate_model(
     return Storage(Path(source))
 
 
-Located: TypeAlias = tuple[Storage, Storage | None]
-"""Where a model is, and its adapter, if any."""
-
-
-def locate_source(source: Path | str, revision: str | None = None) -> Located:
-    """Return where a model, or BASE+ADAPTER, is; `revision` is the base's. Raises UpcycleError."""
+def locate_source(source: Path | str, revision: str | None = None) -> Storage:
+    """As `locate_model`, but of BASE+ADAPTER, too; `revision` is the base's. UpcycleError."""
     base, adapter = split_adapter(source)
-    located = None if adapter is None else locate_model(adapter, None, ADAPTER_NAME)
-    return locate_model(base, revision), located
+    place = None if adapter is None else locate_model(adapter, None, ADAPTER_NAME)
+    return replace(locate_model(base, revision), adapter=place)
 
 
-def open_located(model: Storage, adapter: Storage | None) -> Checkpoint:
+def open_located(storage: Storage) -> Checkpoint:
     """Open what `locate_source` found, without downloading weights; raises UpcycleError."""
-    base = open_checkpoint(model.path) if model.is_local else open_storage(model)
-    return base if adapter is None else with_adapter(base, open_adapter(adapter))
+    base = open_checkpoint(storage.path) if storage.is_local else open_storage(storage)
+    return base if storage.adapter is None else with_adapter(base, open_adapter(storage.adapter))
 
 
 def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
     """Open a directory or a repo (REPO or REPO@REVISION), or BASE+ADAPTER; raises UpcycleError."""
-    return open_located(*locate_source(source, revision))
+    return open_located(locate_source(source, revision))
 
 
 def download_model(storage: Storage) -> Path:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.made import LowRank
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.display import Result, Row
@@ -239,9 +238,8 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
     shards = counted(len(checkpoint.shards), "shard")
     yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
     if checkpoint.adapter is not None:
-        rank, name = checkpoint.adapter.config["r"], checkpoint.adapter.name
-        changed = sum(isinstance(each, LowRank) for each in checkpoint.made.values())
-        yield "adapter", [f"{name}: LoRA of rank {rank} on {counted(changed, 'tensor')}"]
+        rank, count = checkpoint.adapter.config["r"], len(checkpoint.adapter.tensors)
+        yield "adapter", [f"{checkpoint.adapter.name}: {count} tensors of LoRA of rank {rank}"]
     if inspection.kind == "moe":
         yield "engines", support_lines(inspection.engines)
         if inspection.trainers:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import zip_longest
 from pathlib import Path
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata, read_card_metadata
@@ -115,8 +114,9 @@ class MergeRequest:
         models, cycle = [source], [0] * self.source_too
         for place in listed(self.experts_from):
             model = open_source(place)
-            same = (i for i, each in enumerate(models) if _is_same(each, model))
-            cycle.append(next(same, len(models)))
+            parts = (each.base_and_adapter for each in (*models, model))
+            paths = [[part.path.resolve() for part in each] for each in parts]
+            cycle.append(paths.index(paths[-1]))
             models += [model] * (cycle[-1] == len(models))
         if len(models) == 1:
             return None
@@ -124,11 +124,6 @@ class MergeRequest:
         for other in models[1:]:
             _check_compatible(source, dense, other)
         return Merge(others=(*models[1:],), cycle=tuple(cycle), rest=NonExpertWeights(self.rest))
-
-
-def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
-    both = [*zip_longest(one.base_and_adapter, other.base_and_adapter)]
-    return all(a and b and a.path.samefile(b.path) for a, b in both)
 
 
 def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:

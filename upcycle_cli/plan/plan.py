@@ -133,11 +133,6 @@ class Plan(Compact):
         """All checkpoints that tensors are read from, the source first."""
         return (self.source, *(() if self.merge is None else self.merge.others))
 
-    @property
-    def sources_and_adapters(self) -> list[Checkpoint]:
-        """All sources, each without its adapter, and their adapters."""
-        return [part for source in self.sources for part in source.base_and_adapter]
-
     @cached_property
     def card_metadata(self) -> CardMetadata:
         """The metadata that the new card takes over from the sources' cards."""

@@ -148,10 +148,7 @@ class ModelPrompts:
     negative: tuple[str, ...] = ()
 
     def means(self, model: Checkpoint) -> bool:
-        """Whether these are prompts for `model`, by its path, name or last part of the name.
-
-        BASE+ADAPTER, and the adapter alone, mean a model with an adapter.
-        """
+        """Whether these are prompts for `model`: by path, name or its end, or the adapter's."""
         name = re.sub("@[^+]*", "", self.model)
         names = [name] if model.adapter is None else name.split("+", 1)
         return all(

@@ -107,8 +107,7 @@ def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str
     source, *others = plan.sources
     unnamed = "SOURCE" if plan.growing else "DENSE"
     dense = source.repo or (str(source.path) if paths else unnamed)
-    if source.adapter is not None:
-        dense = _named(source, paths=paths)
+    dense = dense if source.adapter is None else _named(source, paths=paths)
     yield from ("upcycle", "verify", dense, moe)
     if source.adapter is None and source.revision:
         yield from ("--dense-revision", source.revision)
@@ -156,7 +155,8 @@ def _front_matter(plan: Plan) -> str:
     import yaml  # type: ignore[import-untyped]
 
     # The Hub refuses a card whose base model is not a repo id.
-    named = [*dict.fromkeys(each.repo for each in plan.sources_and_adapters if each.repo)]
+    repos = (part.repo for each in plan.sources for part in each.base_and_adapter)
+    named = [repo for repo in dict.fromkeys(repos) if repo]
     base: dict[str, object] = {"base_model": named[0]} if named else {}
     if len(named) > 1:
         base = {"base_model": named, "base_model_relation": "merge"}

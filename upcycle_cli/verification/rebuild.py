@@ -104,16 +104,13 @@ def rebuild(
 def check_source(record: Record, dense: Checkpoint, moe: Checkpoint, plan: Plan | None) -> None:
     """Raise UpcycleError if the MoE was made from a model of another config and size."""
     match record:
-        case {
-            "source": {"name": str(name), "config_sha256": str(digest), **more},
-            "parameters": held,
-        }:
+        case {"source": {"name": str(name), "config_sha256": str(digest)}, "parameters": held}:
             same_size = plan is not None and described(plan)["parameters"] == held
             other_config = digest != dense.config_digest and not same_size
-            if other_config or ("adapter" in more) != (dense.adapter is not None):
+            if other_config or ("adapter" in record["source"]) == (dense.adapter is None):
                 why = "its config.json differs" if other_config else "one of them has an adapter"
                 raise UpcycleError(
-                    f"{moe.path} was made from {printable(name)}, not from {dense.local} ({why}).",
+                    f"{moe.path} was made from {printable(name)}, not from {dense.path} ({why}).",
                     "Give the model that it was made from.",
                 )
 
@@ -209,7 +206,7 @@ def _merge(record: Record, others: Sequence[Checkpoint]) -> Merge | None:
         cycle = tuple(number_of(group) for group in held["groups"])
         if others and cycle:
             return Merge(others=tuple(_in_order(models, others)), cycle=cycle, rest=rest)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{RECORD_NAME}: experts_from is incomplete") from error
     raise UpcycleError(
         f"{RECORD_NAME} says that the experts come from several models, but only one is given.",
@@ -244,15 +241,10 @@ def _not_of(model: Checkpoint) -> UpcycleError:
 def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
     """Whether a model has the recorded config, headers and weight sample."""
     name, held = recorded["sample"]["tensor"], model.origin
-    if _files(held) != _files(recorded):
-        return False
+    for one, other in ((recorded, held), (recorded.get("adapter", {}), held.get("adapter", {}))):
+        if any(one.get(key) != other.get(key) for key in ("config_sha256", "files")):
+            return False
     return name in model.tensors and model.tensor_digest(name) == recorded["sample"]["sha256"]
-
-
-def _files(origin: Record) -> list[object]:
-    """Return what identifies the files of a model, and those of its adapter."""
-    parts = filter(None, (origin, origin.get("adapter")))
-    return [part[key] for part in parts for key in ("config_sha256", "files")]
 
 
 # What the plan promises -------------------------------------------------------------------------

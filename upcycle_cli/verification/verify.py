@@ -114,8 +114,8 @@ def verify(  # noqa: PLR0913 - options, by name
     check_kind(engine_options, "EngineOptions")
     engine_options = engine_options or EngineOptions()
     engine_options.check(in_engines)
-    place, sources = locate_model(moe, moe_revision), [locate_source(dense, dense_revision)]
-    sources += map(locate_source, listed(experts_from))
+    places = locate_source(dense, dense_revision), locate_model(moe, moe_revision)
+    others = [locate_source(place) for place in listed(experts_from)]
     check_kind(texts, "TextOptions")
     texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
@@ -123,12 +123,12 @@ def verify(  # noqa: PLR0913 - options, by name
     reuse_freed_memory()
     try:
         # Check before downloading gigabytes.
-        grown = _check_kinds(place.path, [model.path for model, _ in sources])
-        files = tuple(place.names())
-        if not all(part.is_local for each in [(place,), *sources] for part in each if part):
+        grown = _check_kinds(places[1].path, [place.path for place in (places[0], *others)])
+        files = tuple(places[1].names())
+        if not all(place.is_local for place in (*places, *others)):
             watch.begins("downloading")
-        source, *more = (_open_source(*each) for each in sources)
-        paths = source.path, download_model(place)
+        source, *more = map(_open_source, (places[0], *others))
+        paths = source.path, download_model(places[1])
         try:
             converted = open_checkpoint(paths[1], as_stored=True)
         except UpcycleError as error:
@@ -314,9 +314,9 @@ def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -
     )
 
 
-def _open_source(model: Storage, adapter: Storage | None) -> Checkpoint:
+def _open_source(place: Storage) -> Checkpoint:
     """Download and open a model that experts were made of; raises UpcycleError."""
-    source = open_located(model, adapter).download()
+    source = open_located(place).download()
     obsolete = not is_target(source.config) and dense_family(source.config).has_obsolete_code
     refuse_unsafe_settings(source, ignore_code=obsolete, parts=nested_configs(source.config))
     return source

@@ -70,7 +70,7 @@ def check_space(plan: Plan, output: Path) -> None:
     spare = _SPARE_BYTES + sum(file.size for file in plan.source.companions)
     reused = disk_bytes(partial) if is_directory(partial) else 0
     needed = {place: plan.nbytes + spare - reused}
-    for source in plan.sources_and_adapters:
+    for source in (part for each in plan.sources for part in each.base_and_adapter):
         if nbytes := source.bytes_to_download:
             cache = _existing_parent(source.path)
             cache = place if cache.stat().st_dev == place.stat().st_dev else cache
@@ -93,7 +93,7 @@ def _existing_parent(path: Path) -> Path:
 
 def check_before(plan: Plan, output: Path, *, overwrite: bool) -> None:
     """Raise UpcycleError for every problem that shows before a download or the first byte."""
-    for source in plan.sources_and_adapters:
+    for source in (part for each in plan.sources for part in each.base_and_adapter):
         check_output(output, source, overwrite=overwrite)
         for file in source.companions if source.storage.is_local else ():
             source.storage.read(file.name, 0, 0)
