@@ -12,13 +12,16 @@ import pytest
 import torch
 from adapters import ADAPTER_WEIGHTS, edit_adapter_config, make_adapter
 from conftest import MakeDense, clone, read_tensors
+from quantised import save_fp8
 from safetensors.torch import load_file, save_file
+from wrapped import save_wrapper
 
 from upcycle_cli import UpcycleError
 from upcycle_cli.hub.remote_checkpoint import open_source, split_adapter
 
 Tensors = dict[str, torch.Tensor]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TEXT_OF = {"llava": "llama", "gemma3": "gemma3_text"}
 PEFT: dict[str, dict[str, Any]] = {
     "all layers": {"target_modules": ALL},
     "of rank 1": {"target_modules": ALL, "r": 1},
@@ -75,6 +78,42 @@ def test_names_and_layouts_of_other_models(
     base = make_dense(model_type, dtype="bfloat16")
     adapter = make_adapter(base, tmp_path / "lora", **config)
     check_against_peft(base, adapter, torch.bfloat16)
+
+
+@pytest.mark.parametrize("wrapper", ["llava", "gemma3"])
+def test_an_adapter_of_a_model_inside_a_wrapper(tmp_path: Path, wrapper: str) -> None:
+    """Adapters have names in memory; released checkpoints of some wrappers have others on disk."""
+    base = save_wrapper(tmp_path / "base", wrapper, TEXT_OF[wrapper], {})
+    adapter = make_adapter(base, tmp_path / "lora", target_modules=["q_proj", "up_proj"])
+    check_against_peft(base, adapter, torch.float32)
+
+
+def test_a_base_without_the_first_part_of_its_names(make_dense: MakeDense, tmp_path: Path) -> None:
+    base = make_dense("gpt2")
+    adapter = make_adapter(base, tmp_path / "lora", target_modules=["c_fc"], fan_in_fan_out=True)
+    bare = clone(base, tmp_path / "bare")
+    held = {name.removeprefix("transformer."): each for name, each in read_tensors(base).items()}
+    save_file(held, bare / "model.safetensors", metadata={"format": "pt"})
+    found, wanted = computed(bare, adapter), computed(base, adapter)
+    assert all(
+        torch.equal(found[name.removeprefix("transformer.")], wanted[name]) for name in wanted
+    )
+
+
+def test_an_fp8_base_is_rounded_once(make_dense: MakeDense, tmp_path: Path) -> None:
+    base = make_dense("llama", dtype="bfloat16")
+    adapter = make_adapter(base, tmp_path / "lora", modules_to_save=["lm_head"])
+    quantised = save_fp8(base, tmp_path / "fp8")
+    found, held = computed(quantised, adapter), read_tensors(quantised)
+    lora, name = load_file(adapter / ADAPTER_WEIGHTS), "model.layers.1.mlp.up_proj"
+    a, b = (lora[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+    scale = held[f"{name}.weight_scale_inv"]
+    wide = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    wanted = held[f"{name}.weight"].float() * wide + (b @ a).float() * 2
+    assert torch.equal(found[f"{name}.weight"], wanted.bfloat16())
+    twice = (held[f"{name}.weight"].float() * wide).bfloat16().float() + (b @ a).float() * 2
+    assert not torch.equal(twice.bfloat16(), wanted.bfloat16())
+    assert torch.equal(found["lm_head.weight"], lora["base_model.model.lm_head.weight"].bfloat16())
 
 
 def check_against_peft(base: Path, adapter: Path, dtype: torch.dtype) -> None:
