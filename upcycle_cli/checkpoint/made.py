@@ -170,12 +170,25 @@ def product(b_OR: Floats, a_RI: Floats) -> Floats:
     b, a = b_OR.astype(np.float64), a_RI.astype(np.float64)
     sums = b @ a
     bound = np.linalg.norm(b, axis=1)[:, None] * np.linalg.norm(a, axis=0)
-    bound *= (len(a) + 2) * 2.0**-53
+    # A sum of fewer than 2^53 units is exact, which those of 16-bit values are, and often ties.
+    inexact = bound >= _units(b, 1)[:, None] * (_units(a, 0) * 2.0**52)
+    bound *= inexact * ((len(a) + 2) * 2.0**-53)
     low, high = (sums - bound).astype(np.float32), (sums + bound).astype(np.float32)
     found: Floats = sums.astype(np.float32)
     for o, i in zip(*np.nonzero((low != high) & np.isfinite(sums)), strict=True):
         found[o, i] = _exact_sum((b[o] * a[:, i]).tolist())
     found += 0  # the sign of a zero could depend on the order
+    return found
+
+
+def _units(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """Return powers of two that all float32 values along an axis are multiples of."""
+    import numpy as np
+
+    fractions, exponents = np.frexp(values)
+    digits = np.ldexp(fractions, 24).astype(np.int64)
+    units = np.ldexp((digits & -digits).astype(np.float64), exponents - 24)
+    found: NDArray[np.float64] = np.where(digits == 0, np.inf, units).min(axis)
     return found
 
 
