@@ -146,10 +146,23 @@ def test_copies_of_an_expert_run_once_with_the_same_result(
     assert merged.metrics["kl_mean"] == pytest.approx(alone.metrics["kl_mean"], abs=1e-9)
 
 
-def test_an_error_is_measured_in_the_layer_that_adds_it(llama: Path, tmp_path: Path) -> None:
-    moe = convert(llama, tmp_path / "moe", Recipe("E4G1T2")).output
+SECOND_DOWN = {
+    "llama": [MIXTRAL_EXPERT.format(1, expert, "w2") for expert in range(4)],
+    # Its MLP adds the residual.
+    "bloom": [f"transformer.h.1.mlp.expert_mlps.down_proj{part}" for part in ("", "_bias")],
+    # Its layer runs the MLP.
+    "opt": [f"model.decoder.layers.1.fc1.expert_mlps.down_proj{part}" for part in ("", "_bias")],
+}
+
+
+@pytest.mark.parametrize("model_type", SECOND_DOWN)
+def test_an_error_is_measured_in_the_layer_that_adds_it(
+    make_dense: MakeDense, tmp_path: Path, model_type: str
+) -> None:
+    dense = make_dense(model_type)
+    moe = convert(dense, tmp_path / "moe", Recipe("E4G1T2")).output
     one = replace(EXACT, group_size=1)
-    good = outputs_of(llama, moe, one)
+    good = outputs_of(dense, moe, one)
     assert [layer.layer for layer in good.layers] == [0, 1]
     for layer in good.layers:
         assert layer.added_rms < 1e-6
@@ -161,8 +174,8 @@ def test_an_error_is_measured_in_the_layer_that_adds_it(llama: Path, tmp_path: P
         assert 0 < layer.router_margin < 1
         assert 0 < layer.router_entropy <= math.log(4)
     # Each expert of the second layer is 10 % too large.
-    edit_tensors(moe, lambda t: [t[MIXTRAL_EXPERT.format(1, e, "w2")].mul_(1.1) for e in range(4)])
-    bad = outputs_of(llama, moe, one)
+    edit_tensors(moe, lambda t: [t[name].mul_(1.1) for name in SECOND_DOWN[model_type]])
+    bad = outputs_of(dense, moe, one)
     first, second = bad.layers
     assert bad.status is Status.FAILED
     assert first.added_rms < 1e-6
