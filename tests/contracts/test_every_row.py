@@ -312,7 +312,7 @@ def test_verify_passes_and_again_after_transformers_saved_it(
 
     dense, moe = make_moe(row)
     assert_passed(dense, moe)
-    if row[1] != SHIPPED or row[0] in SIZES:
+    if row[1] != SHIPPED or row[0] in (*SIZES, "biogpt", "mpt", "opt"):
         again = clone(moe, tmp_path / "again")
         (again / "model.safetensors").unlink()
         with without_our_classes():

@@ -40,7 +40,6 @@ from upcycle_cli.core.safe_files import (
     read_small,
 )
 from upcycle_cli.models.shipped import CODE_NAME
-from upcycle_cli.models.wrappers import nested_configs
 from upcycle_cli.plan.output import Role
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.verification.result import CheckResult, Findings
@@ -172,8 +171,8 @@ def _with_dtype(wanted: Settings, held: Settings, stored: str) -> Settings:
     named = {key: stored for key in ("dtype", "torch_dtype") if held.get(key) == stored}
     nested = {
         key: _with_dtype(wanted[key], held[key], stored)
-        for key in nested_configs(wanted)
-        if isinstance(held.get(key), dict)
+        for key in held
+        if isinstance(held[key], dict) and isinstance(wanted.get(key), dict)
     }
     return {**wanted, **nested, **named}
 
