@@ -92,7 +92,7 @@ def wrapper_shapes(config: Mapping[str, Any]) -> Shapes:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(theirs)
     held = revert_weight_conversion(model, model.state_dict())
-    is_tied = theirs.tie_word_embeddings
+    is_tied = getattr(theirs, "tie_word_embeddings", False)
     names = (name for name in held if not (is_tied and name.endswith("lm_head.weight")))
     return {name: tuple(held[name].shape) for name in names}
 

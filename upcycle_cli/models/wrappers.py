@@ -175,7 +175,7 @@ _ROWS: Sequence[Wrapper] = (
             ("vision.emb", "vision.multimodal_embedder.emb"),
         ),
     ),
-    Wrapper("granite4_vision", ("granite4_vision_text",)),
+    Wrapper("granite4_vision", ("granite4_vision_text",), old_texts=("granite",)),
     Wrapper("granite_docling", ("granite_docling_text",), text="text_model"),
     Wrapper("muse_glimmer", ("muse_glimmer_text",)),
     Wrapper(
