@@ -78,7 +78,8 @@ def test_read_every_dtype_in_any_order_and_headers_with_padding(tmp_path: Path) 
         for number, (dtype, size) in enumerate(ITEM_BYTES.items())
     } | {"none": ("F32", [0, 7], b""), "scalar": ("U8", [], b"\1")}
     path = write_raw(tmp_path / "d", tensors, order=sorted(tensors), padding=37)
-    checkpoint, data = open_checkpoint(path), (path / WEIGHTS).read_bytes()
+    checkpoint = open_checkpoint(path, as_stored=True)
+    data = (path / WEIGHTS).read_bytes()
     for name, (_, _, content) in tensors.items():
         entry = checkpoint.tensors[name]
         assert data[entry.offset : entry.offset + entry.nbytes] == content
@@ -115,7 +116,8 @@ def test_prefer_a_single_file_to_an_index_like_transformers(llama: Path, sharded
 @pytest.mark.parametrize("dtype", list(TORCH))
 def test_read_the_values_that_the_library_reads(tmp_path: Path, dtype: str) -> None:
     path = write_model(tmp_path / "dense", CONFIG, dtype=dtype)
-    checkpoint, data = open_checkpoint(path), (path / WEIGHTS).read_bytes()
+    checkpoint = open_checkpoint(path, as_stored=True)
+    data = (path / WEIGHTS).read_bytes()
     with checkpoint.reader() as reader:
         for name, tensor in load_file(path / WEIGHTS).items():
             entry = checkpoint.tensors[name]

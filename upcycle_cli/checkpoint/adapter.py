@@ -81,9 +81,7 @@ def open_adapter(storage: Storage) -> Checkpoint:
     if not entries:
         raise UpcycleError(f"{path / ADAPTER_WEIGHTS_NAME} has no tensors.", _AGAIN)
     tensors, digest = {entry.name: entry for entry in entries}, hashlib.sha256(raw).hexdigest()
-    return Checkpoint(
-        storage, config, digest, tensors, tensors, (shard,), (), config_name=ADAPTER_NAME
-    )
+    return Checkpoint(storage, config, digest, tensors, (shard,), (), config_name=ADAPTER_NAME)
 
 
 def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:

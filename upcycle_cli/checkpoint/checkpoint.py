@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from upcycle_cli.checkpoint.header import (
     read_shard_header,
 )
 from upcycle_cli.checkpoint.made import FP8_DTYPES, Made, Source, part, stored_parts
-from upcycle_cli.checkpoint.mapped_files import DiskRanges, MappedFiles
+from upcycle_cli.checkpoint.mapped_files import MappedFiles
 from upcycle_cli.checkpoint.quantized import dequantized
 from upcycle_cli.checkpoint.storage import (
     CARD_NAME,
@@ -60,10 +61,8 @@ class Checkpoint(Compact):
     config: Mapping[str, Any]
     config_digest: str
     """Of the file: the config says nothing of a quantisation that `made` undoes."""
-    tensors: Mapping[str, TensorEntry]
-    """What the model has: computed tensors, too, in their computed dtype and shape."""
     stored: Mapping[str, TensorEntry]
-    """What the files have."""
+    """The tensors in the files."""
     shards: tuple[FileStamp, ...]
     companions: tuple[FileStamp, ...]
     """Tokenizer, chat template, generation config and licence files."""
@@ -74,6 +73,16 @@ class Checkpoint(Compact):
     adapter: Checkpoint | None = None
     """The adapter that is added to the weights."""
     config_name: str = CONFIG_NAME
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """What the model has: computed tensors, too, in their computed dtype and shape."""
+        parts = {part.name for made in self.made.values() for part in stored_parts(made)}
+        unneeded = (parts - self.made.keys()) | self.left_out.keys()
+        kept = {name: entry for name, entry in self.stored.items() if name not in unneeded}
+        for name, made in self.made.items():
+            kept[name] = replace(kept[name], dtype=made.dtype, shape=made.shape)
+        return kept
 
     @property
     def path(self) -> Path:
@@ -131,9 +140,8 @@ class Checkpoint(Compact):
     @property
     def dequantized_to(self) -> str | None:
         """The dtype in which FP8 weights are computed; None if there are none."""
-        is_fp8 = any(entry.dtype in FP8_DTYPES for entry in self.stored.values())
-        dtypes = [TORCH_DTYPES[made.dtype] for made in self.made.values()]
-        return dtypes[0] if is_fp8 and dtypes else None
+        found = (name for name in self.made if self.stored[name].dtype in FP8_DTYPES)
+        return next((TORCH_DTYPES[self.made[name].dtype] for name in found), None)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -168,11 +176,7 @@ class Checkpoint(Compact):
         if dtype is None or not self.made:
             return self
         made = {name: replace(each, dtype=dtype) for name, each in self.made.items()}
-        tensors = {
-            name: replace(entry, dtype=dtype) if name in made else entry
-            for name, entry in self.tensors.items()
-        }
-        return replace(self, tensors=tensors, made=made)
+        return replace(self, made=made)
 
     def place(self, name: str) -> tuple[Checkpoint, TensorEntry]:
         """Return the checkpoint, itself or its adapter, and the entry of a stored tensor."""
@@ -236,11 +240,11 @@ class Checkpoint(Compact):
 @contextmanager
 def open_reader(checkpoints: Sequence[Checkpoint]) -> Iterator[Reader]:
     """Read tensors of several checkpoints, by the names of `tensor_of`, as `Checkpoint.reader`."""
-    files = MappedFiles()
+    reader = Reader(_checkpoints=checkpoints)
     try:
-        yield Reader(checkpoints, files)
+        yield reader
     finally:
-        files.close()
+        reader.close()
 
 
 def tensor_of(model: int, name: str) -> str:
@@ -254,12 +258,11 @@ def model_of(name: str) -> tuple[int, str]:
     return (0, name) if match is None else (int(match[1]), match[2])
 
 
-@dataclass(frozen=True, eq=False)
-class Reader:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reader(MappedFiles):
     """Returns tensors that alias the mapped files; made by `open_reader`."""
 
     _checkpoints: Sequence[Checkpoint]
-    _files: MappedFiles
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise UpcycleError when a tensor's file changed, since its map shows the change."""
@@ -281,7 +284,7 @@ class Reader:
                 f"Only {', '.join(TORCH_DTYPES)} can be read.",
             )
         stamp = next(file for file in checkpoint.shards if file.name == entry.shard)
-        whole = memoryview(self._files.map(checkpoint.storage, stamp))
+        whole = memoryview(self.map(checkpoint.storage, stamp))
         return whole[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -290,28 +293,19 @@ class Reader:
         if own in self._checkpoints[number].made:
             return self.computed(name)
         entry, data = self._find(name)[1], self.mapped(name)
-        if entry.offset % ITEM_BYTES[entry.dtype]:
-            # torch needs alignment, which the format does not guarantee.
-            return _as_torch(bytearray(data), entry.dtype, entry.shape)
-        return _as_torch(data, entry.dtype, entry.shape)
+        # torch needs alignment, which the format does not guarantee.
+        is_aligned = entry.offset % ITEM_BYTES[entry.dtype] == 0
+        return _as_torch(data if is_aligned else bytearray(data), entry.dtype, entry.shape)
 
     def computed(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Compute the entries [begin, end) of a tensor along its first dimension."""
         number, own = self._model(name)
         made = self._checkpoints[number].made[own]
-        _, *rest = shape = made.shape
-        height = math.prod(rest[:-1])
-        rows = slice(begin * height, height * (shape[0] if end is None else end))
+        count, *rest = made.shape
+        end, height = count if end is None else end, math.prod(rest[:-1])
+        rows = slice(begin * height, end * height)
         values = part(made, lambda stored: self.mapped(tensor_of(number, stored)), rows)
-        return _as_torch(bytearray(values.tobytes()), made.dtype, (-1, *rest))
-
-    def on_disk(self, data: memoryview) -> DiskRanges:
-        """Return where mapped bytes lie on the disk; see `MappedFiles.on_disk`."""
-        return self._files.on_disk(data)
-
-    def release(self) -> None:
-        """Free the pages that were read so far; a later access reads them again."""
-        self._files.release()
+        return _as_torch(bytearray(values.tobytes()), made.dtype, (end - begin, *rest))
 
     def _model(self, name: str) -> tuple[int, str]:
         # A single checkpoint can have any names, even names like `tensor_of`'s.
@@ -326,9 +320,8 @@ def _as_torch(data: memoryview | bytearray, dtype: str, shape: tuple[int, ...]) 
     import torch
 
     kind = getattr(torch, {**TORCH_DTYPES, **COUNTERS}[dtype])
-    if not len(data):
-        return torch.empty([max(0, size) for size in shape], dtype=kind)
-    return torch.frombuffer(data, dtype=kind).reshape(shape)
+    held = torch.frombuffer(data, dtype=kind) if len(data) else torch.empty(0, dtype=kind)
+    return held.reshape(shape)
 
 
 def open_checkpoint(path: Path | str, *, as_stored: bool = False) -> Checkpoint:
@@ -367,37 +360,12 @@ def open_storage(storage: Storage, *, as_stored: bool = False) -> Checkpoint:
         if found != listed:
             words = f"lists {name} in {listed or 'no file'}, and it is in {found or 'no file'}"
             raise UpcycleError(f"{path / INDEX_NAME} {words}.", "Download or copy it again.")
-    digest = hashlib.sha256(raw_config).hexdigest()
-    made: dict[str, Made] = {}
-    left_out: dict[str, str] = {}
-    if not as_stored:
-        config, made, left_out = dequantized(config, stored)
-    return Checkpoint(
-        storage,
-        config,
-        digest,
-        tensors_of(stored, made, left_out),
-        stored,
-        tuple(shards),
-        storage.companions(),
-        made,
-        left_out,
-    )
-
-
-def tensors_of(
-    stored: Mapping[str, TensorEntry], made: Mapping[str, Made], left_out: Collection[str]
-) -> dict[str, TensorEntry]:
-    """Return the tensors of a model: stored ones, except for what others are computed from."""
-    parts = {source.name for each in made.values() for source in stored_parts(each)}
-    kept = {name: stored[name] for name in stored if name in made or name not in parts}
-    return {
-        name: replace(entry, dtype=made[name].dtype, shape=made[name].shape)
-        if name in made
-        else entry
-        for name, entry in kept.items()
-        if name not in left_out
-    }
+    digest, companions = hashlib.sha256(raw_config).hexdigest(), storage.companions()
+    whole = Checkpoint(storage, config, digest, stored, tuple(shards), companions)
+    if as_stored:
+        return whole
+    config, made, left_out = dequantized(config, stored)
+    return replace(whole, config=config, made=made, left_out=left_out)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

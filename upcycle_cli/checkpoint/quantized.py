@@ -5,7 +5,7 @@ What does not fit is an error: an FP8 weight without its scale looks like any ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
@@ -34,7 +34,6 @@ _COMMANDS: Mapping[str, str] = {
 _OTHER = "Use the bf16 or fp16 release of the model, and quantise the result."
 _SCALES = ("_scale_inv", "_scale")
 """Endings of the names of scales, after the name of the weight."""
-_SCALE_DTYPES = (*TORCH_DTYPES, "F8_E8M0", "U8")
 _UNNEEDED = ("input_scale", "activation_scale", "scale_ub", *(f".{x}_scale" for x in "qkv"))
 _WHY = "scales of activations or of a cache, which are not quantised any more"
 """Endings of the names of scales of activations and caches, and why they are left out."""
@@ -57,17 +56,15 @@ def dequantized(
     _check_method(settings if isinstance(settings, dict) else {})
     if not weights:
         raise _misfit(f"the weights are quantised ({_KEY} in config.json), but none is FP8.")
-    blocks = {*_blocks(settings)}
-    if len(blocks) > 1:
-        raise UpcycleError(f"config.json: {_KEY} has blocks of several sizes.", _OTHER)
+    block = _block(settings)
     dtype = "F16" if "float16" in (config.get("dtype"), config.get("torch_dtype")) else "BF16"
     made: dict[str, Made] = {}
     for entry in weights:
         names = [entry.name + end for end in _SCALES]
         scale = next((stored[name] for name in names if name in stored), None)
-        if scale is None:
-            raise _misfit(f"{entry.name} is FP8, and {names[0]} is missing.")
-        made[entry.name] = _scaled(entry, scale, next(iter(blocks), None), dtype)
+        if scale is None or len(entry.shape) < 2:
+            raise _misfit(f"{entry.name} is FP8, and {names[0]} is missing or it is no matrix.")
+        made[entry.name] = _scaled(entry, scale, block, dtype)
     used = {part.name for each in made.values() for part in stored_parts(each)}
     left_out = dict.fromkeys((name for name in stored if name.endswith(_UNNEEDED)), _WHY)
     for name in stored.keys() - used - left_out.keys():
@@ -83,14 +80,14 @@ def _check_method(settings: Mapping[str, Any]) -> None:
     key, values = _FORMATS.get(method, ("", ()))
     if settings.get(key) in values and not settings.get("transform_config"):
         return
-    hint = _OTHER
-    if method in _COMMANDS:
-        hint += f' Or write it in bfloat16: python -c "from {_COMMANDS[method]}"'
-    raise UpcycleError(f"the weights are quantised ({method} in config.json).", hint)
+    command = _COMMANDS.get(method)
+    hint = f' Or write it in bfloat16: python -c "from {command}"' if command else ""
+    raise UpcycleError(f"the weights are quantised ({method} in config.json).", _OTHER + hint)
 
 
-def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """Yield the rows and columns of blocks; none for a scale per tensor or per channel."""
+def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns of a block; None for a scale per tensor or per channel."""
+    sizes = set[tuple[int, int]]()
     groups = settings.get("config_groups")
     found = [settings.get("weight_block_size")]
     for group in groups.values() if isinstance(groups, dict) else ():
@@ -103,18 +100,19 @@ def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
             case None | [1, -1]:
                 pass
             case [int(rows), int(columns)] if rows > 0 and columns > 0:
-                yield rows, columns
+                sizes.add((rows, columns))
             case _:
-                raise UpcycleError(
-                    f"config.json: {_KEY} has weight_block_size {shown(block)}, not two sizes.",
-                    _OTHER,
-                )
+                words = f"weight_block_size is {shown(block)}, not two sizes"
+                raise UpcycleError(f"config.json: {words}.", _OTHER)
+    if len(sizes) > 1:
+        raise UpcycleError(f"config.json: {_KEY} has blocks of several sizes.", _OTHER)
+    return next(iter(sizes), None)
 
 
 def _scaled(
     weight: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None, dtype: str
 ) -> Dequantize:
-    *stack, height, width = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
+    *stack, height, width = weight.shape
     for rows, columns in [block] if block else [(height, width), (1, width)]:
         grid = (*stack, -(-height // max(1, rows)), -(-width // max(1, columns)))
         if _bare(grid) == _bare(scale.shape):
@@ -122,7 +120,7 @@ def _scaled(
     else:
         words = f"{scale.name} has shape {[*scale.shape]}, but {weight.name} needs {[*grid]}"
         raise _misfit(f"{words}{f' in blocks of {[*block]}' if block else ' or one value'}.")
-    if scale.dtype not in _SCALE_DTYPES:
+    if scale.dtype not in (*TORCH_DTYPES, "F8_E8M0", "U8"):
         raise _misfit(f"{scale.name} is stored as {scale.dtype}.")
     held = Source(weight.name, weight.dtype, weight.shape)
     return Dequantize(held, Source(scale.name, scale.dtype, grid), (rows, columns), dtype)
