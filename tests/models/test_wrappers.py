@@ -90,11 +90,20 @@ def test_find_families_proposes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unknown_wrappers() == {"idefics3"}
 
 
-def test_an_old_name_of_the_text_type(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
-    usual = make_wrapper("exaone4_5", "exaone4")
-    text = read_json(usual / "config.json")["text_config"] | {"model_type": "exaone4_5_text"}
+@pytest.mark.parametrize(
+    ("wrapper", "stated", "text_type"),
+    [
+        ("exaone4_5", "exaone4_5_text", "exaone4"),
+        ("granite4_vision", "granite", "granite4_vision_text"),
+    ],
+)
+def test_another_name_of_the_text_type(
+    make_wrapper: MakeWrapper, tmp_path: Path, wrapper: str, stated: str, text_type: str
+) -> None:
+    usual = make_wrapper(wrapper, text_type)
+    text = read_json(usual / "config.json")["text_config"] | {"model_type": stated}
     moe = convert(clone(usual, tmp_path / "dense", text_config=text), tmp_path / "moe", SOME).output
-    assert read_json(moe / "config.json")["text_config"]["model_type"] == "exaone4"
+    assert read_json(moe / "config.json")["text_config"]["model_type"] == text_type
     assert distance(usual, moe) < wrapped.SAME
 
 
