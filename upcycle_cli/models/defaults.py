@@ -116,6 +116,7 @@ _CHECKED: Mapping[str, _Rule] = {
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"), _TOKEN),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
+    "layer_rope_theta": (lambda value: not value or isinstance(value, list), "a list or null"),
 }
 """Keys that every forward pass reads, if a model type has them."""
 _CHECKED_IF_READ: Mapping[str, _Rule] = {
