@@ -71,7 +71,9 @@ def test_convert_a_model_with_its_adapter(
     record = read_json(tmp_path / "moe" / "upcycle.json")["source"]
     assert record["name"] == "base+code"
     assert record["adapter"]["files"][0]["name"] == "adapter_model.safetensors"
-    assert "`base` with the adapter `code`" in (tmp_path / "moe" / "README.md").read_text()
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "`base` with the adapter `code`" in card
+    assert "| adapter | code, LoRA of rank 4 in 20 tensors |" in card
     again = convert(source, tmp_path / "moe", recipe, options=options)
     assert again.already_done
     with pytest.raises(UpcycleError, match=r"base\+code, not from .*one of them has an adapter"):
@@ -152,7 +154,7 @@ def test_repos_with_revisions(
     hub.store.upload("acme/code", files)  # main is unusable now
     source = f"acme/base+acme/code@{commits[1]}"
     inspected = " ".join(run("inspect", source).stdout.split())
-    assert "acme/code: 20 tensors of LoRA of rank 4" in inspected
+    assert "acme/code, LoRA of rank 4 in 20 tensors" in inspected
     said = " ".join(
         run("convert", source, "out", "-r", "E2G1T1", "--save-config", "c.toml").stderr.split()
     )

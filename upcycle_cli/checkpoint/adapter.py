@@ -27,6 +27,7 @@ from upcycle_cli.checkpoint.storage import (
 )
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
+from upcycle_cli.core.text import counted
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
@@ -120,6 +121,12 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
             of = replace(of, dtype="F32")  # so that nothing is rounded twice
         made[held.name] = LowRank(of, pair["A"], pair["B"], factor, turned, held.dtype)
     return replace(base, made=made, adapter=adapter)
+
+
+def adapter_text(adapter: Checkpoint) -> str:
+    """Describe an adapter."""
+    rank = adapter.config.get("r")
+    return f"{adapter.name}, LoRA of rank {rank} in {counted(len(adapter.tensors), 'tensor')}"
 
 
 def _held(base: Checkpoint, name: str, path: Path) -> Source:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upcycle_cli.checkpoint.adapter import adapter_text
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.callbacks import Progress
@@ -238,8 +239,7 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
     shards = counted(len(checkpoint.shards), "shard")
     yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
     if checkpoint.adapter is not None:
-        rank, count = checkpoint.adapter.config["r"], len(checkpoint.adapter.tensors)
-        yield "adapter", [f"{checkpoint.adapter.name}: {count} tensors of LoRA of rank {rank}"]
+        yield "adapter", [adapter_text(checkpoint.adapter)]
     if inspection.kind == "moe":
         yield "engines", support_lines(inspection.engines)
         if inspection.trainers:

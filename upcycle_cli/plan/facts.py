@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from upcycle_cli.checkpoint.adapter import adapter_text
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.core.display import Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
@@ -44,6 +45,8 @@ def facts(plan: Plan) -> dict[str, str]:
         flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
         found["FLOPs per token"] = f"{flops}, attention scores left out"
     found["size"] = f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
+    if plan.source.adapter is not None:
+        found["adapter"] = adapter_text(plan.source.adapter)
     if (dtype := plan.source.dequantized_to) is not None:
         found["source weights"] = f"FP8, computed in {dtype}; the output is not quantised"
     if not grown:
