@@ -68,7 +68,7 @@ ATTENTION: Mapping[str, Mapping[str, str]] = {
     "Idefics2 8B": {"qwen2_moe": "sliding window", "upcycled": "sliding window"},
     "PaddleOCR-VL 0.9B": {"upcycled": WIDE},
     "HunyuanOCR 1B": {"upcycled": f"{WIDE}, xdrope rope scaling"},
-    "Muse Glimmer 30B": {"upcycled": f"{WIDE}, {SOME}, soft caps"},
+    "Muse Glimmer 30B": {"upcycled": f"{WIDE}, layers without rope, {SOME}, soft caps"},
     "Granite Docling 500M": _SHIPPED,
     "Gemma 4 12B": {"upcycled": f"{WIDE}, {SOME}"},
     "GLM-4.1V 9B": {"upcycled": "attention biases"},

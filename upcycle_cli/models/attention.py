@@ -74,7 +74,8 @@ def _skips_rope(values: _Values) -> bool:
         return not all(listed) if listed is not None else bool(values["no_rope_layer_interval"])
     if "position_embedding_type" in values and "layer_types" in values:
         return bool(values["position_embedding_type"] != "rope")
-    return not all(values.get("layer_rope_theta") or [1.0])
+    # By default each fourth layer of muse_glimmer has none, and all layers of the others have it.
+    return not all(values.get("layer_rope_theta") or [values["model_type"] != "muse_glimmer_text"])
 
 
 def _any(*keys: str) -> Callable[[_Values], bool]:
