@@ -14,17 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from upcycle_cli.checkpoint import storage as files
 from upcycle_cli.checkpoint.checkpoint import ADAPTER_PREFIX, Checkpoint
 from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES, read_shard_header
 from upcycle_cli.checkpoint.made import Dequantize, LowRank, Made, Source
-from upcycle_cli.checkpoint.storage import (
-    ADAPTER_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    MERGE_WITH_PEFT,
-    Storage,
-    json_object,
-    refuse_missing,
-)
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
 from upcycle_cli.core.text import counted
@@ -60,29 +53,30 @@ _SLOW = re.compile(r"\)[*+?{]|([^*+?{(]*[*+?{(]){4}")
 _AGAIN = "Download or save the adapter again."
 
 
-def open_adapter(storage: Storage) -> Checkpoint:
+def open_adapter(storage: files.Storage) -> Checkpoint:
     """Open an adapter, local or remote; UpcycleError if it is damaged or more than plain LoRA."""
     path = storage.path
     if storage.is_local:
-        refuse_missing(path)
-    for name in (ADAPTER_NAME, ADAPTER_WEIGHTS_NAME):
+        files.refuse_missing(path)
+    for name in (files.ADAPTER_NAME, files.ADAPTER_WEIGHTS_NAME):
         if not storage.has(name):
             hint = "After the + stands a LoRA adapter, as peft's save_pretrained writes it."
             raise UpcycleError(f"{path} has no {name}.", hint)
-    raw = read_small(storage.local(ADAPTER_NAME), MOST_JSON_BYTES)
-    config = json_object(raw, str(path / ADAPTER_NAME))
+    raw = read_small(storage.local(files.ADAPTER_NAME), MOST_JSON_BYTES)
+    config, digest = files.json_object(raw, str(path / files.ADAPTER_NAME)), hashlib.sha256(raw)
     for key in ("peft_type", *config):
         value = config.get(key)
         known = (value,) if key in _READ + _WITHOUT_EFFECT else _PLAIN.get(key, (None, False))
         if value not in known and (value or key == "peft_type"):
             words = f"{key} is {shown(value)}, but only plain LoRA can be read"
-            raise UpcycleError(f"{path / ADAPTER_NAME}: {words}.", MERGE_WITH_PEFT)
-    storage.prefetch_headers([ADAPTER_WEIGHTS_NAME])
-    shard, entries = read_shard_header(storage, ADAPTER_WEIGHTS_NAME)
+            raise UpcycleError(f"{path / files.ADAPTER_NAME}: {words}.", files.MERGE_WITH_PEFT)
+    storage.prefetch_headers([files.ADAPTER_WEIGHTS_NAME])
+    shard, entries = read_shard_header(storage, files.ADAPTER_WEIGHTS_NAME)
     if not entries:
-        raise UpcycleError(f"{path / ADAPTER_WEIGHTS_NAME} has no tensors.", _AGAIN)
-    tensors, digest = {entry.name: entry for entry in entries}, hashlib.sha256(raw).hexdigest()
-    return Checkpoint(storage, config, digest, tensors, (shard,), (), config_name=ADAPTER_NAME)
+        raise UpcycleError(f"{path / files.ADAPTER_WEIGHTS_NAME} has no tensors.", _AGAIN)
+    held = {entry.name: entry for entry in entries}
+    opened = Checkpoint(storage, config, digest.hexdigest(), held, (shard,), ())
+    return replace(opened, config_name=files.ADAPTER_NAME)
 
 
 def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
@@ -90,14 +84,14 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
     Raises UpcycleError for tensors that do not fit the base or the adapter's config.
     """
-    path, made = adapter.path / ADAPTER_WEIGHTS_NAME, dict[str, Made](base.made)
+    path, made = adapter.path / files.ADAPTER_WEIGHTS_NAME, dict[str, Made](base.made)
     pairs = dict[tuple[str, bool], dict[str, Source]]()
     for name, entry in adapter.tensors.items():
         own = name.removeprefix(_PREFIX)
         low_rank = _LOW_RANK.fullmatch(own)
         if own == name or entry.dtype not in TORCH_DTYPES or (not low_rank and ".lora_" in own):
             words = f"{path}: {name} ({entry.dtype}) is no tensor of plain LoRA."
-            raise UpcycleError(words, MERGE_WITH_PEFT)
+            raise UpcycleError(words, files.MERGE_WITH_PEFT)
         source = Source(ADAPTER_PREFIX + name, entry.dtype, entry.shape)
         if low_rank:
             module, of_embedding, part = low_rank.groups()
@@ -107,7 +101,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
         held = _held(base, own.replace(".base_layer.", "."), path)
         if held.shape != source.shape:
             words = f"{name} has shape {[*source.shape]}, but {[*held.shape]} in {base.path}"
-            hint = f"If the vocabulary was resized: {MERGE_WITH_PEFT}"
+            hint = f"If the vocabulary was resized: {files.MERGE_WITH_PEFT}"
             raise UpcycleError(f"{path}: {words}.", hint)
         made[held.name] = Dequantize(source, None, (1, 1), held.dtype)
     for (module, of_embedding), pair in pairs.items():
@@ -151,13 +145,13 @@ def _factor(
     usable = type(rank) is int and rank > 0 and type(alpha) in (int, float)
     if not usable or not abs(alpha) <= LARGEST["F32"]:
         words = f"{module} has rank {shown(rank)} and alpha {shown(alpha)}"
-        raise UpcycleError(f"{adapter.path / ADAPTER_NAME}: {words}.", _AGAIN)
+        raise UpcycleError(f"{adapter.path / files.ADAPTER_NAME}: {words}.", _AGAIN)
     found = {name: each.shape for name, each in pair.items()}
     wanted = {"A": (rank, *shape[1:]), "B": (*shape[:1], rank)}
     if found != wanted:
         words = f"A and B of {module} have shapes {shown(found)}, not {wanted}"
         hint = "Give the base model of this adapter."
-        raise UpcycleError(f"{adapter.path / ADAPTER_WEIGHTS_NAME}: {words}.", hint)
+        raise UpcycleError(f"{adapter.path / files.ADAPTER_WEIGHTS_NAME}: {words}.", hint)
     return float(alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank))
 
 
@@ -170,5 +164,6 @@ def _setting(config: Mapping[str, Any], usual: str, by_module: str, module: str)
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return value
     except (AttributeError, re.error, RecursionError, OverflowError) as error:
-        raise UpcycleError(f"{ADAPTER_NAME}: {by_module} is unusable: {error}.", _AGAIN) from error
+        words = f"{files.ADAPTER_NAME}: {by_module} is unusable: {error}."
+        raise UpcycleError(words, _AGAIN) from error
     return config.get(usual)

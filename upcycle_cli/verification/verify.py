@@ -35,12 +35,7 @@ from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import reuse_freed_memory
 from upcycle_cli.core.safe_files import read_small
 from upcycle_cli.core.text import choose_from, listed
-from upcycle_cli.hub.remote_checkpoint import (
-    download_model,
-    locate_model,
-    locate_source,
-    open_located,
-)
+from upcycle_cli.hub import remote_checkpoint as hub
 from upcycle_cli.models.lookup import dense_family, dense_model, is_known, is_moe, is_target
 from upcycle_cli.models.shipped import CODE_NAME
 from upcycle_cli.models.wrappers import nested_configs, wrapper_of
@@ -114,8 +109,8 @@ def verify(  # noqa: PLR0913 - options, by name
     check_kind(engine_options, "EngineOptions")
     engine_options = engine_options or EngineOptions()
     engine_options.check(in_engines)
-    places = locate_source(dense, dense_revision), locate_model(moe, moe_revision)
-    others = [locate_source(place) for place in listed(experts_from)]
+    places = hub.locate_source(dense, dense_revision), hub.locate_model(moe, moe_revision)
+    others = [hub.locate_source(place) for place in listed(experts_from)]
     check_kind(texts, "TextOptions")
     texts, watch = texts or TextOptions(), watch or Progress()
     texts.check()
@@ -128,7 +123,7 @@ def verify(  # noqa: PLR0913 - options, by name
         if not all(place.is_local for place in (*places, *others)):
             watch.begins("downloading")
         source, *more = map(_open_source, (places[0], *others))
-        paths = source.path, download_model(places[1])
+        paths = source.path, hub.download_model(places[1])
         try:
             converted = open_checkpoint(paths[1], as_stored=True)
         except UpcycleError as error:
@@ -316,7 +311,7 @@ def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -
 
 def _open_source(place: Storage) -> Checkpoint:
     """Download and open a model that experts were made of; raises UpcycleError."""
-    source = open_located(place).download()
+    source = hub.open_located(place).download()
     obsolete = not is_target(source.config) and dense_family(source.config).has_obsolete_code
     refuse_unsafe_settings(source, ignore_code=obsolete, parts=nested_configs(source.config))
     return source
