@@ -364,7 +364,10 @@ def open_storage(storage: Storage, *, as_stored: bool = False) -> Checkpoint:
     whole = Checkpoint(storage, config, digest, stored, tuple(shards), companions)
     if as_stored:
         return whole
-    config, made, left_out = dequantized(config, stored)
+    try:
+        config, made, left_out = dequantized(config, stored)
+    except UpcycleError as error:  # of several models, one
+        raise UpcycleError(f"{path}: {error.message}", error.hint) from error
     return replace(whole, config=config, made=made, left_out=left_out)
 
 
