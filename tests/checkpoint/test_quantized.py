@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import MakeDense, read_json
+from conftest import MakeDense, RunOnHub, read_json
 from quantised import Tensors, save_fp8
+from shapes import write_orders
 
-from upcycle_cli import Options, Recipe, UpcycleError, convert, verify
+from upcycle_cli import (
+    MergeRequest,
+    Options,
+    Recipe,
+    UpcycleError,
+    convert,
+    inspect,
+    verify,
+)
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
 from upcycle_cli.verification.prompts import TextOptions
+
+if TYPE_CHECKING:
+    from hub.server import Hub
 
 FEW = TextOptions(tokens=64)
 Scheme = tuple[int, int] | str
@@ -126,12 +138,21 @@ def test_refuse(make_dense: MakeDense, tmp_path: Path, edit: Edit, words: str) -
     assert not (tmp_path / "moe").exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "mxfp4"])
-def test_the_hint_has_a_command(make_dense: MakeDense, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        *((method, 'python -c "from ') for method in ("gptq", "awq", "bitsandbytes")),
+        ("mxfp4", "two values in a byte"),
+        ("quark", "bf16 or fp16 release"),
+    ],
+)
+def test_say_what_to_do_instead(
+    make_dense: MakeDense, tmp_path: Path, method: str, words: str
+) -> None:
     dense = save_fp8(make_dense("llama"), tmp_path / "fp8", edit=settings(quant_method=method))
     with pytest.raises(UpcycleError, match=method) as caught:
         open_checkpoint(dense)
-    assert 'python -c "from ' in str(caught.value.hint)
+    assert words in str(caught.value.hint)
 
 
 def test_fp8_without_a_name_for_it_in_an_moe(make_dense: MakeDense, tmp_path: Path) -> None:
@@ -140,3 +161,67 @@ def test_fp8_without_a_name_for_it_in_an_moe(make_dense: MakeDense, tmp_path: Pa
     done = convert(dense, tmp_path / "moe", Recipe("E2G2T2"))
     report = verify(dense, save_fp8(done.output, tmp_path / "fp8"), texts=FEW)
     assert report.status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (Recipe("E4G2T4", router_init="balanced", neuron_order="clustered"), {}),
+        (Recipe("E4G4T8", neuron_order="shuffled", layers="1"), {}),
+        (Recipe("E2G2T2", neuron_order="file"), {}),
+        (Recipe("E4G2T4", noise=0.01), {}),
+        (Recipe("E4G1T2", reinit=0.5), {}),
+        (Recipe("E2G4T2", shared_experts=2), {"target": "glm4_moe"}),
+        (Recipe("E4G2T4"), {"options": Options(untie_embeddings=True, expert_layout="fused")}),
+    ],
+    ids=str,
+)
+def test_every_way_to_make_experts(
+    make_dense: MakeDense, tmp_path: Path, recipe: Recipe, options: dict[str, Any]
+) -> None:
+    dense = save_fp8(make_dense("llama"), tmp_path / "fp8")
+    if recipe.neuron_order == "file":
+        options = {"neuron_orders": write_orders(tmp_path / "orders.safetensors", alike=0)}
+    done = convert(dense, tmp_path / "moe", recipe, **options)
+    report = verify(dense, done.output, checks="weights", allow_inexact=True)
+    assert report.checks[0].status == "passed", report
+    drift = inspect(done.output, weights=True, dense=dense).weights
+    assert drift is not None
+    assert drift.movement is not None
+
+
+@pytest.mark.parametrize("rest", ["first", "mean"])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_experts_of_several_models(
+    make_dense: MakeDense, tmp_path: Path, rest: str, dtype: str | None
+) -> None:
+    """A mean is taken of values that are not rounded."""
+    models = [save_fp8(make_dense("llama", seed=seed), tmp_path / f"fp8 {seed}") for seed in (0, 1)]
+    merge, options = MergeRequest(experts_from=models[1:], rest=rest), Options(dtype=dtype)
+    done = convert(models[0], tmp_path / "moe", Recipe("E2G2T2"), merge=merge, options=options)
+    report = verify(models[0], done.output, experts_from=models[1:], texts=FEW, allow_inexact=True)
+    assert not [check for check in report.checks if check.failures], report
+    name = "model.layers.0.self_attn.q_proj.weight"
+    wide = []
+    for source in (open_checkpoint(model).computed_in("F32") for model in models):
+        with source.reader() as reader:
+            wide.append(reader.tensor(name).clone())
+    wanted = (wide[0] + wide[1]) / 2 if rest == "mean" else wide[0]
+    with (made := open_checkpoint(done.output)).reader() as reader:
+        kind = torch.float32 if dtype else torch.bfloat16
+        assert torch.equal(reader.tensor(name), wanted.to(kind))
+    assert made.tensors[name].shape == (32, 32)
+
+
+def test_a_repo_like_a_directory(
+    make_dense: MakeDense, tmp_path: Path, hub: Hub, run: RunOnHub
+) -> None:
+    dense = save_fp8(make_dense("llama"), tmp_path / "fp8")
+    hub.store.upload("org/fp8", dense)
+    run("convert", "org/fp8", tmp_path / "moe", "--recipe", "E2G2T2", "--dtype", "float16")
+    options = Options(dtype="float16")
+    local = convert(dense, tmp_path / "local", Recipe("E2G2T2"), options=options).output
+    one, other = (path / "model.safetensors" for path in (tmp_path / "moe", local))
+    assert one.read_bytes() == other.read_bytes()
+    assert read_json(local / "upcycle.json")["source"]["dequantized_to"] == "float16"
+    assert "| source weights | FP8, computed in float16" in (local / "README.md").read_text()

@@ -20,18 +20,16 @@ _FORMATS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "modelopt": ("quant_algo", ("FP8",)),
 }
 """Methods whose FP8 weights are the stored values times a scale, if a setting has such a value."""
-_COMMANDS: Mapping[str, str] = {
+_OTHER = "Use the bf16 or fp16 release of the model, and quantise the result."
+_HINTS: Mapping[str, str] = {
     **dict.fromkeys(
         ("gptq", "awq", "compressed-tensors", "modelopt", "bitsandbytes"),
-        "gptqmodel.utils.model_dequant import dequantize_model; dequantize_model('DIRECTORY', "
-        "'NEW')",
+        f"{_OTHER} Or write it in bfloat16: pip install gptqmodel && python -c "
+        "\"from gptqmodel.utils.model_dequant import dequantize_model as d; d('DIRECTORY', 'NEW')\"",
     ),
-    "mxfp4": "transformers import AutoModelForCausalLM, Mxfp4Config; AutoModelForCausalLM"
-    ".from_pretrained('DIRECTORY', quantization_config=Mxfp4Config(dequantize=True))"
-    ".save_pretrained('NEW')",
+    "mxfp4": "MXFP4 experts (gpt_oss) have two values in a byte, and gate and up take turns: "
+    "upcycle cannot read or expand them.",
 }
-"""Imports and calls that write a checkpoint in bfloat16, by method."""
-_OTHER = "Use the bf16 or fp16 release of the model, and quantise the result."
 _SCALES = ("_scale_inv", "_scale")
 """Endings of the names of scales, after the name of the weight."""
 _UNNEEDED = ("input_scale", "activation_scale", "scale_ub", *(f".{x}_scale" for x in "qkv"))
@@ -80,9 +78,8 @@ def _check_method(settings: Mapping[str, Any]) -> None:
     key, values = _FORMATS.get(method, ("", ()))
     if settings.get(key) in values and not settings.get("transform_config"):
         return
-    command = _COMMANDS.get(method)
-    hint = f' Or write it in bfloat16: python -c "from {command}"' if command else ""
-    raise UpcycleError(f"the weights are quantised ({method} in config.json).", _OTHER + hint)
+    words = f"the weights are quantised ({method} in config.json)."
+    raise UpcycleError(words, _HINTS.get(method, _OTHER))
 
 
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
