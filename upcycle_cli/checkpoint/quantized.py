@@ -25,7 +25,7 @@ _HINTS: Mapping[str, str] = {
     **dict.fromkeys(
         ("gptq", "awq", "compressed-tensors", "modelopt", "bitsandbytes"),
         f"{_OTHER} Or write it in bfloat16: pip install gptqmodel && python -c "
-        "\"from gptqmodel.utils.model_dequant import dequantize_model as d; d('DIRECTORY', 'NEW')\"",
+        "\"from gptqmodel.utils.model_dequant import dequantize_model as d; d('MODEL', 'NEW')\"",
     ),
     "mxfp4": "MXFP4 experts (gpt_oss) have two values in a byte, and gate and up take turns: "
     "upcycle cannot read or expand them.",
