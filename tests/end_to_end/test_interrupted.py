@@ -15,9 +15,13 @@ from typing import Any
 import engine_fixtures as engine
 import forked
 import pytest
-from conftest import clone, others, snapshot, spoil
+from adapters import edit_adapter_config, make_adapter
+from conftest import MakeDense, clone, others, snapshot, spoil, write_json
+from quantised import save_fp8
+from safetensors.torch import load_file, save_file
 
 from upcycle_cli import Options, Recipe, UpcycleError, build_plan, convert, open_checkpoint, verify
+from upcycle_cli.hub.remote_checkpoint import open_source
 from upcycle_cli.verification.result import Report
 from upcycle_cli.write.staging import NOTE_SUFFIX, TEMPORARY_SUFFIX, new_of, partial_of
 from upcycle_cli.write.writer import WriteOptions
@@ -249,6 +253,50 @@ def test_a_source_that_changes_publishes_nothing(llama: Path, tmp_path: Path, ch
     # Writing ends early where the weights have changed, not at the last check.
     assert (sum(told) < plan.nbytes) == ("weights" in change)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def move_scales(dense: Path) -> None:
+    """Put the scales into a weight file of their own."""
+    held = load_file(dense / "model.safetensors")
+    scales = {name: held.pop(name) for name in [*held] if name.endswith("_scale_inv")}
+    (dense / "model.safetensors").unlink()
+    files = {"weights.safetensors": held, "scales.safetensors": scales}
+    for name, tensors in files.items():
+        save_file(tensors, dense / name)
+    places = {name: file for file, tensors in files.items() for name in tensors}
+    write_json(dense / "model.safetensors.index.json", {"weight_map": places})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dense/scales.safetensors", spoil),
+        ("dense/scales.safetensors", Path.unlink),
+        ("lora/adapter_model.safetensors", spoil),
+        ("lora/adapter_model.safetensors", lambda path: redirect(path.name)(path.parent)),
+        ("lora/adapter_config.json", lambda path: edit_adapter_config(path.parent, lora_alpha=9)),
+    ],
+)
+def test_a_part_of_a_source_that_changes_publishes_nothing(
+    make_dense: MakeDense, tmp_path: Path, name: str, change: Callable[[Path], object]
+) -> None:
+    """The scales of FP8 weights, or an adapter."""
+    base = make_dense("llama")
+    make_adapter(base, tmp_path / "lora")
+    move_scales(save_fp8(base, tmp_path / "dense", (16, 16)))
+    plan = build_plan(RECIPE, open_source(f"{tmp_path / 'dense'}+{tmp_path / 'lora'}"))
+    told: list[int] = []
+
+    def act_once(num_bytes: int) -> None:
+        if not told:
+            change(tmp_path / name)
+        told.append(num_bytes)
+
+    with pytest.raises(UpcycleError, match=r"changed while it was being read|is missing"):
+        engine.execute(
+            plan, tmp_path / "moe", hooks=engine.Advance(act_once), writing=WriteOptions(workers=1)
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "lora"]
 
 
 # Verification -------------------------------------------------------------------------------------
