@@ -111,6 +111,14 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     },
     "cwm": _LONG,  # whose rotary embeddings are stretched unless a config says otherwise
     "ministral3": _LONG,
+    "cohere_compass_text": {
+        **TINY,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 99.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+        },
+    },
     "codegen": {**TINY, "rotary_dim": 4},
     "falcon": TINY,
     "gemma3n_text": {

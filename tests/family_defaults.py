@@ -43,7 +43,8 @@ TEXTS = {*WRAPPED_TARGETS, *(name for row in WRAPPERS.values() for name in row.t
 """Text models that exist only inside wrappers."""
 WHOLE = {name for row in WRAPPERS.values() for name in (row.model_type, row.native)}
 WITHOUT_TABLE = {
-    *("apertus", "apertus1p5_text", "biogpt", "doge", "internlm3", "minicpm3", "persimmon", "phi"),
+    *("apertus", "apertus1p5_text", "biogpt", "cohere_compass_text", "doge"),
+    *("internlm3", "minicpm3", "persimmon", "phi"),
     *("stablelm", "gpt_neox", "youtu", "nemotron_h"),
     *(name for name, row in families.DENSE.items() if row.keys or row.layers_differ),
 }

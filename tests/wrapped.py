@@ -233,6 +233,7 @@ AROUND["gemma4"] |= {"audio_config": _HEARS, "audio_token_id": SOUND}
 AROUND["gemma4"]["vision_config"] |= {"use_clipped_linears": True, "standardize": True}
 _MULTIDIMENSIONAL = ["glm4v", "hunyuan_vl", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 TEXTS: Mapping[str, dict[str, Any]] = {
+    "cohere_compass_text": {**SPECIAL["cohere_compass_text"], "sliding_window": 8},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "gemma4_text": {**SPECIAL["gemma4_text"], "sliding_window": 8, "pad_token_id": 0},
     "gemma4_unified_text": {

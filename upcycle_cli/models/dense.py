@@ -58,7 +58,7 @@ class DenseFamily:
     """What the norm adds to its weight: 1 for LayerNorm1P and Gemma."""
     layer: str = LAYER_PREFIX
     root: str = ""
-    """What the names of a checkpoint that was saved without the head's class begin without."""
+    """The first part, missing in the names of a saved base model, as gpt2's and bloom's are."""
     embedding: str = "model.embed_tokens.weight"
     head: str = HEAD
     activation: str | None = "hidden_act"

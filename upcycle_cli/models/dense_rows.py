@@ -183,6 +183,7 @@ _ROWS: Sequence[DenseFamily] = (
         interleaved_rope=True,
         targets=("cohere2_moe",),
     ),
+    DenseFamily("cohere_compass_text", norm=_PARALLEL),
     DenseFamily("ernie4_5", interleaved_rope=True, targets=("ernie4_5_moe",)),
     DenseFamily(
         "exaone",

@@ -188,7 +188,6 @@ def family_of(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFa
         first = {name.partition(".")[0] for name in names}
         if inner not in first or root in first or row.layer == wrappers.LAYER_PREFIX:
             return row
-        # gpt2 and bloom were released like this: transformers adds the first part of the names.
         layer, embedding = (name.partition(".")[2] for name in (row.layer, row.embedding))
         return replace(row, layer=layer, embedding=embedding, root=f"{root}.")
     text_type = wrappers.text_config_of(config)["model_type"]

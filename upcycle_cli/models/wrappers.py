@@ -210,6 +210,7 @@ _ROWS: Sequence[Wrapper] = (
     Wrapper("apertus1p5", ("apertus1p5_text",)),
     Wrapper("aya_vision", ("cohere2",), **_LLAVA),
     Wrapper("cohere2_vision", ("cohere2",), natives=("cohere2_moe",)),
+    Wrapper("cohere_compass", ("cohere_compass_text",)),
     Wrapper(
         "cosmos3_omni",
         ("qwen3_vl_text",),
