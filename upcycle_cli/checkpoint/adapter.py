@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,16 @@ def _setting(config: Mapping[str, Any], usual: str, by_module: str, module: str)
     """Return a module's rank or alpha, as peft finds it; UpcycleError for a bad pattern."""
     try:
         for pattern, value in (config.get(by_module) or {}).items():
-            if len(pattern) > 200 or _SLOW.search(pattern):
-                raise re.error(f"{shown(pattern)} could take for ever")  # noqa: TRY301
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            if _pattern(pattern).fullmatch(module):
                 return value
     except (AttributeError, re.error, RecursionError, OverflowError) as error:
         words = f"{files.ADAPTER_NAME}: {by_module} is unusable: {error}."
         raise UpcycleError(words, _AGAIN) from error
     return config.get(usual)
+
+
+@cache
+def _pattern(text: str) -> re.Pattern[str]:
+    if len(text) > 200 or _SLOW.search(text):
+        raise re.error(f"{shown(text)} could take for ever")
+    return re.compile(rf"(.*\.)?({text})")
