@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
 FP8 = torch.float8_e4m3fn
-_LINEAR = re.compile(r"model\.layers\.\d+\.(?!.*norm)(?!.*gate\.weight).*\.weight")
+_LINEAR = re.compile(r"(?!.*vision).*layers\.\d+\.(?!.*norm)(?!.*gate\.weight).*\.weight")
 ACTIVATIONS = {"transformers": "activation_scale", "vllm": "input_scale"}
 
 

@@ -16,6 +16,7 @@ import torch
 import wrapped
 from conftest import REMOVED, clone, difference, read_json, read_tensors
 from find_families import unknown_wrappers, wrapper_row
+from quantised import save_fp8
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 from wrapped import Row
@@ -164,6 +165,15 @@ def test_llava_around_a_tower_for_pictures_of_several_sizes(tmp_path: Path) -> N
     moe = convert(dense, tmp_path / "moe", recipe).output
     assert distance(dense, moe) < wrapped.SAME
     assert wrapped.failures(dense, moe) == []
+
+
+@pytest.mark.parametrize("text", ["mistral", "ministral3"])
+def test_fp8_weights_inside_a_wrapper(make_wrapper: MakeWrapper, tmp_path: Path, text: str) -> None:
+    """Ministral 3 Instruct is this: a scale per tensor, and others for activations."""
+    dense = save_fp8(make_wrapper("mistral3", text), tmp_path / "fp8", "tensor")
+    done = convert(dense, tmp_path / "moe", SOME)
+    assert wrapped.failures(dense, done.output) == []
+    assert len(done.plan.dropped) == len(done.plan.source.made) == 14
 
 
 def save(dense: Path, tensors: dict[str, torch.Tensor]) -> None:
