@@ -238,23 +238,19 @@ def weight_map(storage: Storage) -> dict[str, str]:
 
 def find_others(storage: Storage) -> UpcycleError | None:
     """Return the error for a directory with an adapter, pickles or GGUF; None for others."""
-    names = storage.matching(("*.bin", "*.pt", "*.pth", "*.gguf"))
-    if storage.has(ADAPTER_NAME) or not names:
-        return find_adapter(storage)
-    kind, option = f"as pickle ({names[0]}), which can run code when opened", ""
-    if names[0].endswith(".gguf"):
-        kind, option = f"as GGUF ({names[0]})", ", gguf_file='FILE'"
+    if storage.has(ADAPTER_NAME):
+        return adapter(str(storage.path))
+    name = next(iter(storage.matching(("*.bin", "*.pt", "*.pth", "*.gguf"))), None)
+    if name is None:
+        return None
+    kind, option = f"pickle ({name}), which can run code when opened", ""
+    if name.endswith(".gguf"):
+        kind, option = f"GGUF ({name})", ", gguf_file='FILE'"
     return UpcycleError(
-        f"{storage.path} has its weights {kind}.",
+        f"{storage.path} has its weights as {kind}.",
         'If you trust it, write safetensors and give NEW: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('DIRECTORY'{option}).save_pretrained('NEW')"
-        '"',
+        f"AutoModelForCausalLM as M; M.from_pretrained('MODEL'{option}).save_pretrained('NEW')\"",
     )
-
-
-def find_adapter(storage: Storage) -> UpcycleError | None:
-    """Return the error for a directory with an adapter and no model; None for others."""
-    return adapter(str(storage.path)) if storage.has(ADAPTER_NAME) else None
 
 
 def adapter(place: str) -> UpcycleError:

@@ -41,23 +41,14 @@ class Computed:
     rows: Callable[[int, int], torch.Tensor]
     shape: torch.Size
     dtype: torch.dtype
-    begin: int = 0
-
-    def dim(self) -> int:
-        """Return the number of dimensions."""
-        return len(self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice) -> Computed:
-        begin, end, _ = rows.indices(len(self))
-        shape = torch.Size((end - begin, *self.shape[1:]))
-        return replace(self, shape=shape, begin=self.begin + begin)
-
-    def to(self, dtype: torch.dtype) -> torch.Tensor:
-        """Compute it, and return it in a dtype."""
-        return self.rows(self.begin, self.begin + len(self)).to(dtype)
+    def __getitem__(self, index: Any) -> torch.Tensor:  # noqa: ANN401
+        if isinstance(index, slice):
+            return self.rows(*index.indices(len(self))[:2])
+        return self.rows(0, len(self))[index]
 
 
 def unread(checkpoint: Checkpoint, reader: Reader, name: str) -> torch.Tensor | Computed:
@@ -84,17 +75,17 @@ class Stored(_Unread):
     def shape(self) -> torch.Size:
         """The shape of the weight."""
         first = self.pieces[0]
-        if not first.dim():
+        if not first.shape:
             return first.shape
         return torch.Size((sum(len(piece) for piece in self.pieces), *first.shape[1:]))
 
-    def cast(self, values: torch.Tensor | Computed) -> torch.Tensor:
+    def cast(self, values: torch.Tensor) -> torch.Tensor:
         """Return values of a file in float32, rounded first."""
         return values.to(self.round_to).float()
 
     def whole(self) -> torch.Tensor:
         """Read all of it."""
-        found = [self.cast(piece) for piece in self.pieces]
+        found = [self.cast(piece[...]) for piece in self.pieces]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def block(self, begin: int, end: int) -> Stored:
@@ -128,9 +119,7 @@ class Stored(_Unread):
         if second is not None and function is functional.embedding:
             needed, place = torch.unique(args[0], return_inverse=True)
             # The other arguments only matter for training or padding.
-            piece = second.pieces[0]
-            piece = piece.to(piece.dtype) if isinstance(piece, Computed) else piece
-            return functional.embedding(place, second.cast(piece[needed]))
+            return functional.embedding(place, second.cast(second.pieces[0][needed]))
         weights = [arg for arg in args if isinstance(arg, cls)]
         args, kwargs = tree_map_only(cls, cls.whole, (args, dict(kwargs)))
         found = function(*args, **kwargs)

@@ -55,7 +55,7 @@ def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
 
     def round_to(name: str, stored: torch.Tensor | Computed) -> torch.dtype:
         held = moe.weights.get(name)
-        dtype = usual[stored.dim() > 1] if held is None else held.dtype
+        dtype = usual[len(stored.shape) > 1] if held is None else held.dtype
         return stored.dtype if dtype == torch.float32 else dtype
 
     narrower = (round_to(name, held) != held.dtype for name, held in dense.weights.items())

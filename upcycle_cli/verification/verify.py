@@ -21,7 +21,7 @@ from upcycle_cli.checkpoint.storage import (
     CONFIG_NAME,
     RECORD_NAME,
     Storage,
-    find_adapter,
+    find_others,
     read_json,
     refuse_missing,
 )
@@ -298,7 +298,7 @@ def _require_config(path: Path, what: str) -> None:
     refuse_missing(path, hint)
     if not Storage(path).has(CONFIG_NAME):
         no_model = f"{path} has no {CONFIG_NAME}."
-        raise find_adapter(Storage(path)) or UpcycleError(no_model, hint)
+        raise find_others(Storage(path)) or UpcycleError(no_model, hint)
 
 
 def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -> UpcycleError:
