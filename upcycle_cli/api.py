@@ -236,10 +236,8 @@ def _make_plan(request: Request, hooks: Hooks, team: Team) -> Plan:
 
     plan = team.agree(make)
     if len(set(team.exchange(plan.digest))) > 1:
-        raise UpcycleError(
-            "the ranks do not see the same source.",
-            "Run them all on one shared file system, with the same arguments.",
-        )
+        hint = "Run them all on one shared file system, with the same arguments."
+        raise UpcycleError("the ranks do not see the same source.", hint)
     hooks.planned(plan)
     return plan
 

@@ -89,10 +89,8 @@ def _routers(model: Module) -> Iterator[tuple[str, Parameter]]:
 def _group_size(name: str, weight: Parameter) -> int:
     """Return how many consecutive rows of a router (N, H) are equal."""
     if weight.dim() != 2 or not weight.numel():
-        raise UpcycleError(
-            f"{name} is split among processes: its shape here is {tuple(weight.shape)}.",
-            "Call tie_virtual_groups before the model is split.",
-        )
+        words = f"{name} is split among processes: its shape here is {tuple(weight.shape)}."
+        raise UpcycleError(words, "Call tie_virtual_groups before the model is split.")
     rows: Any = weight.detach()
     _, sizes = rows.unique_consecutive(return_counts=True, dim=0)
     if len({*sizes.tolist()}) > 1:

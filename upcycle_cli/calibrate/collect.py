@@ -137,10 +137,8 @@ def _text(source: Checkpoint, text: CalibrationText) -> _Tokens:
         )
     tokens = [token for share in shares(texts, TOKENS) for token in share]
     if len(tokens) < _FEWEST:
-        raise UpcycleError(
-            f"the calibration text {text.name} is too short: it has {len(tokens)} tokens.",
-            f"Give at least {_FEWEST}; up to {TOKENS} are used.",
-        )
+        words = f"the calibration text {text.name} is too short: it has {len(tokens)} tokens."
+        raise UpcycleError(words, f"Give at least {_FEWEST}; up to {TOKENS} are used.")
     return _Tokens(as_rows(tokens, config), torch.arange(len(tokens)))
 
 

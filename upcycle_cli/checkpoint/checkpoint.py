@@ -279,10 +279,8 @@ class Reader(MappedFiles):
         """
         checkpoint, entry = self._find(name)
         if entry.dtype not in {**TORCH_DTYPES, **COUNTERS} and not checkpoint.made:
-            raise UpcycleError(
-                f"{checkpoint.path}: {entry.name} is stored as {entry.dtype}.",
-                f"Only {', '.join(TORCH_DTYPES)} can be read.",
-            )
+            words = f"{checkpoint.path}: {entry.name} is stored as {entry.dtype}."
+            raise UpcycleError(words, f"Only {', '.join(TORCH_DTYPES)} can be read.")
         stamp = next(file for file in checkpoint.shards if file.name == entry.shard)
         whole = memoryview(self.map(checkpoint.storage, stamp))
         return whole[entry.offset : entry.offset + entry.nbytes]

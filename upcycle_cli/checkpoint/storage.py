@@ -47,7 +47,7 @@ COMPANIONS = (
     *FREE_TEXTS,
 )
 _KEYS = re.compile(
-    "(bos|eos|pad|unk)_token(_id)?|added_tokens|do_sample|emoji|model_max_length|vocab"
+    "(bos|eos|pad|unk)_token(_id)?|added_tokens|emoji|model_max_length|transformers_version|vocab"
     "|(processor|tokenizer)_class|(feature_extractor|image_processor|video_processor)_type"
 )
 """Each JSON companion has one of these keys, or all its values are numbers."""
@@ -121,7 +121,7 @@ class Storage:
         try:
             with safe_files.open_regular(self.locate(shard)) as file:
                 file.seek(begin)
-                return file.read(end - begin)
+                return file.read(end - begin) or b""  # None from a file of /proc
         except OSError as error:
             raise UpcycleError(f"cannot read {self.path / shard}: {error.strerror}.") from error
 
@@ -172,16 +172,13 @@ class Storage:
         raise UpcycleError(words, "Put the file itself there, if it belongs there.")
 
     def _owns(self, name: str) -> bool:
-        real = safe_files.locate(self.path, name, anywhere=True)
-        return safe_files.is_inside(self.path, real)
+        return safe_files.is_inside(self.path, safe_files.locate(self.path, name, anywhere=True))
 
 
 def file_changed(path: Path) -> UpcycleError:
     """Return the error for a file that changed since it was opened."""
-    return UpcycleError(
-        f"{path} changed while it was being read.",
-        "Run the command again once nothing writes to it.",
-    )
+    words = f"{path} changed while it was being read."
+    return UpcycleError(words, "Run the command again once nothing writes to it.")
 
 
 def is_weight_file(name: str) -> bool:

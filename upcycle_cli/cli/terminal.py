@@ -185,10 +185,8 @@ def in_words(error: BaseException) -> UpcycleError | None:
             return UpcycleError("a value in one of the files is nested too deeply.")
         case ImportError(name=name) if not (name or "").startswith("upcycle_cli"):
             cause = error.__cause__ or error  # numpy's own message is a page of advice
-            return UpcycleError(
-                f"a library cannot be imported: {cause}.",
-                "Reinstall upcycle-cli, or give it more memory if that is what it lacks.",
-            )
+            hint = "Reinstall upcycle-cli, or give it more memory if that is what it lacks."
+            return UpcycleError(f"a library cannot be imported: {cause}.", hint)
         case OSError(filename=path, strerror=reason):
             where = f"{os.fsdecode(path)}: " if path else ""
             return UpcycleError(f"{where}{reason or error}.")

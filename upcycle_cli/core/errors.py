@@ -41,7 +41,5 @@ def lack_in_words(error: BaseException) -> UpcycleError | None:
     """Return an error for a process that ran out of memory or threads; None for other errors."""
     if not isinstance(error, MemoryError) and not any(words in str(error) for words in _LACKS):
         return None
-    return UpcycleError(
-        "the system gives this process no more memory or threads.",
-        "Raise its limits (`ulimit -v -u`, or the container's), or run it where there is more.",
-    )
+    hint = "Raise its limits (`ulimit -v -u`, or the container's), or run it where there is more."
+    return UpcycleError("the system gives this process no more memory or threads.", hint)

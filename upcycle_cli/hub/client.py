@@ -58,10 +58,8 @@ def endpoint() -> str:
 
 def bad_response(problem: str) -> UpcycleError:
     """Return the error for a server that does not behave like the Hub."""
-    return UpcycleError(
-        f"{endpoint()} does not answer like the Hub: {problem}.",
-        "Check HF_ENDPOINT and proxies. The answer was not used.",
-    )
+    words = f"{endpoint()} does not answer like the Hub: {problem}."
+    return UpcycleError(words, "Check HF_ENDPOINT and proxies. The answer was not used.")
 
 
 @cache

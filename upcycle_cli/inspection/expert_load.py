@@ -71,10 +71,8 @@ def measure_expert_load(
         if not texts and dense is not None:
             texts, _, reason = tokenized(dense, text.texts, config.vocab_size)
         if not texts:
-            raise UpcycleError(
-                f"measuring the experts' load needs a tokenizer: {reason}.",
-                "Put the tokenizer beside the model, or name its dense model with `dense`.",
-            )
+            hint = "Put the tokenizer beside the model, or name its dense model with `dense`."
+            raise UpcycleError(f"measuring the experts' load needs a tokenizer: {reason}.", hint)
         tokens = [token for share in shares(texts, TOKENS) for token in share]
         with moe.reader() as reader:
             layers = tuple(_run(experts, reader, as_rows(tokens, config), len(tokens), watch))

@@ -40,10 +40,8 @@ def parse_layers(text: str | None, having: _Layers, num_layers: int) -> tuple[in
             )
         found = [layer for layer in range(start, last + 1) if layer in having]
         if not found:
-            raise UpcycleError(
-                f"layer {item.strip()} has no dense MLP.",
-                f"Choose from layers {format_layers(having)}.",
-            )
+            words = f"layer {item.strip()} has no dense MLP."
+            raise UpcycleError(words, f"Choose from layers {format_layers(having)}.")
         chosen.update(found)
     return tuple(sorted(chosen))
 

@@ -226,15 +226,11 @@ def growable(config: Mapping[str, Any], names: Collection[str]) -> Target:
     """
     model_type = config.get("model_type")
     if not is_moe(config):
-        raise UpcycleError(
-            f"`expand` needs a mixture of experts, and this is a dense {model_type} model.",
-            "Upcycle it first, with a recipe such as E8G1T2.",
-        )
+        words = f"`expand` needs a mixture of experts, and this is a dense {model_type} model."
+        raise UpcycleError(words, "Upcycle it first, with a recipe such as E8G1T2.")
     if model_type not in GROWABLE or wrappers.wrapper_of(config) is not None:
-        raise UpcycleError(
-            f"a mixture of experts of model type {model_type} cannot be grown yet.",
-            f"These can: {', '.join(GROWABLE)}.",
-        )
+        words = f"a mixture of experts of model type {model_type} cannot be grown yet."
+        raise UpcycleError(words, f"These can: {', '.join(GROWABLE)}.")
     target = target_of(config, names)
     groups, chosen = (target.value(config, key) for key in ("n_group", "topk_group"))
     if groups not in (None, 1) and groups != chosen:

@@ -232,10 +232,8 @@ class Target(Compact):
         if wanted is None:
             return next(iter(self.layouts))
         if wanted not in self.layouts:
-            raise UpcycleError(
-                f"{self.model_type} has no {wanted} layout.",
-                f"Leave it out, or use `expert_layout` {next(iter(self.layouts))}.",
-            )
+            hint = f"Leave it out, or use `expert_layout` {next(iter(self.layouts))}."
+            raise UpcycleError(f"{self.model_type} has no {wanted} layout.", hint)
         return ExpertLayout(wanted)
 
     def check_layout(self, wanted: str | None, expert_size: int, hidden_size: int) -> ExpertLayout:

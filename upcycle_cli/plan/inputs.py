@@ -98,16 +98,12 @@ class TensorFile:
         """Raise UpcycleError unless each of these layers has a tensor in one of these shapes."""
         names = [f"layers.{layer}.{self.kind.name}" for layer in layers]
         if missing := [name for name in names if name not in self.tensors]:
-            raise UpcycleError(
-                f"{self.path} lacks {missing[0]}.",
-                f"Each layer that becomes a mixture of experts needs {self.kind.needed}.",
-            )
+            hint = f"Each layer that becomes a mixture of experts needs {self.kind.needed}."
+            raise UpcycleError(f"{self.path} lacks {missing[0]}.", hint)
         for name, tensor in self.tensors.items():
             if name not in names:
-                raise UpcycleError(
-                    f"{self.path}: {name} belongs to no MoE layer.",
-                    "Remove it, or choose other `layers`.",
-                )
+                words = f"{self.path}: {name} belongs to no MoE layer."
+                raise UpcycleError(words, "Remove it, or choose other `layers`.")
             if tensor.shape not in shapes:
                 able = " or ".join(str([*shape]) for shape in shapes)
                 words = f"{name} has shape {[*tensor.shape]}, not {able}: {self.kind.needed}"

@@ -67,10 +67,8 @@ class Merge:
         """Raise UpcycleError for a recipe that several models cannot follow."""
         self.of_groups(recipe.expansion)
         if recipe.shared_experts or recipe.perturbed:
-            raise UpcycleError(
-                "`shared_experts`, `noise` and `reinit` need a single dense model.",
-                "Leave them out, or leave out `experts_from`.",
-            )
+            words = "`shared_experts`, `noise` and `reinit` need a single dense model."
+            raise UpcycleError(words, "Leave them out, or leave out `experts_from`.")
 
 
 def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
@@ -129,10 +127,8 @@ class MergeRequest:
 def _check_compatible(source: Checkpoint, dense: DenseModel, other: Checkpoint) -> None:
     found = dense_model(other.config, other.tensors)
     if found.family.title != dense.family.title:
-        raise UpcycleError(
-            f"{other.path} is a {found.family.title}, but {source.path} a {dense.family.title}.",
-            "All models must be of one family.",
-        )
+        words = f"{other.path} is a {found.family.title}, but {source.path} a {dense.family.title}."
+        raise UpcycleError(words, "All models must be of one family.")
     refuse_unsafe_settings(
         other, ignore_code=found.family.has_obsolete_code, parts=nested_configs(other.config)
     )

@@ -125,10 +125,8 @@ class TensorMaker:
         stored, first = self._stored(name, of.model), self._stored(name)
         if stored.dtype != first.dtype and self._options.dtype is None:
             one, other = self._plan.source, self._plan.sources[of.model]
-            raise UpcycleError(
-                f"{name} is {stored.dtype} in {other.path}, but {first.dtype} in {one.path}.",
-                "Choose one with `dtype`.",
-            )
+            words = f"{name} is {stored.dtype} in {other.path}, but {first.dtype} in {one.path}."
+            raise UpcycleError(words, "Choose one with `dtype`.")
         dim, width = found.split_dim, found.stop - found.start
         if order is not None and dim is not None:
             # Gathering before casting, as slicing before casting, reads only the bytes needed.

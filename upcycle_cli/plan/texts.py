@@ -180,10 +180,8 @@ class Prompts:
             fits = next((each for each in left if each.means(model)), None)
             if fits is None:
                 named = ", ".join(each.model for each in left) or "other groups"
-                raise UpcycleError(
-                    f"{self.name} has no prompts for {model.name}, only for {named}.",
-                    "Each virtual group needs its own prompts.",
-                )
+                words = f"{self.name} has no prompts for {model.name}, only for {named}."
+                raise UpcycleError(words, "Each virtual group needs its own prompts.")
             left.remove(fits)
             found.append(fits)
         if left:

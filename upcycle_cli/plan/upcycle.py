@@ -66,10 +66,8 @@ def build_plan(
     recipe = recipe.resolve(row.routings[0], scales_in_config=row.keys.scale is not None)
     assert recipe.routing is not None
     if recipe.scale_split is ScaleSplit.CONFIG and row.keys.scale is None:
-        raise UpcycleError(
-            f"the config of {row.model_type} has no factor on the gates.",
-            "Use `scale_split` balanced or down.",
-        )
+        words = f"the config of {row.model_type} has no factor on the gates."
+        raise UpcycleError(words, "Use `scale_split` balanced or down.")
     dropped = {**check_source(source, dense), **source.left_out}
     width, hidden = dense.intermediate_size, dense.hidden_size
     recipe.check_width(width)

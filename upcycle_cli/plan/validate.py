@@ -43,10 +43,8 @@ def check_tensors(
     """Raise UpcycleError unless a source has exactly the wanted tensors, in their shapes."""
     for name, entry in source.tensors.items():
         if entry.dtype not in TORCH_DTYPES and name not in dropped:
-            raise UpcycleError(
-                f"{source.path}: {name} is stored as {entry.dtype}; are the weights quantised?",
-                f"Only {', '.join(TORCH_DTYPES)} can be converted.",
-            )
+            words = f"{source.path}: {name} is stored as {entry.dtype}; are the weights quantised?"
+            raise UpcycleError(words, f"Only {', '.join(TORCH_DTYPES)} can be converted.")
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
         rest = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""

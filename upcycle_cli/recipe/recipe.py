@@ -120,10 +120,8 @@ class Recipe(Compact):
         if self.num_experts > MAX_EXPERTS:
             raise UpcycleError(f"{self.name} makes {made}.", f"At most {MAX_EXPERTS} can be made.")
         if self.top_k > self.num_experts:
-            raise UpcycleError(
-                f"top-k {self.top_k} is too large: {self.name} makes {made}.",
-                f"Use a top-k of at most {self.num_experts}.",
-            )
+            words = f"top-k {self.top_k} is too large: {self.name} makes {made}."
+            raise UpcycleError(words, f"Use a top-k of at most {self.num_experts}.")
         if not self.picks_whole_groups and not self.allow_inexact:
             size = self.group_size
             below = self.top_k // size * size
@@ -253,10 +251,8 @@ class Recipe(Compact):
         if scaling is Scaling.MEASURED and (uniform or self.top_k == self.num_experts):
             scaling = Scaling.EXACT  # the gates sum to 1, so the gain needs no measurement
         if scaling is Scaling.MEASURED and self.scale_split is ScaleSplit.CONFIG:
-            raise UpcycleError(
-                "`scaling` measured excludes `scale_split` config.",
-                "Use `scale_split` balanced or down.",
-            )
+            words = "`scaling` measured excludes `scale_split` config."
+            raise UpcycleError(words, "Use `scale_split` balanced or down.")
         scales_in_config = scales_in_config and scaling is not Scaling.MEASURED
         # With c in the config, experts stay slices of the dense MLP, and nothing can overflow.
         split = self.scale_split or (ScaleSplit.CONFIG if scales_in_config else ScaleSplit.BALANCED)

@@ -72,10 +72,8 @@ def save_config(
         text = f"# {command}\n\n{tomli_w.dumps(named)}"
     for directory in keep_out_of:
         if is_in(path.absolute().parent, directory):
-            raise UpcycleError(
-                f"{path} would be in {directory}, where nothing else may be written.",
-                "Save the options elsewhere.",
-            )
+            words = f"{path} would be in {directory}, where nothing else may be written."
+            raise UpcycleError(words, "Save the options elsewhere.")
     is_free = not os.path.lexists(path)
     with suppress(OSError, UpcycleError):
         is_free = is_free or (not path.is_symlink() and "source" in load_config(path, known))

@@ -59,10 +59,8 @@ def _import_transformers() -> None:
     except Exception as error:
         # A broken installation can also raise AttributeError or OSError.
         words = " ".join(str(error).split()) or type(error).__name__
-        raise UpcycleError(
-            f"transformers cannot be imported: {words[:300]}",
-            "Install it again: pip install --force-reinstall transformers",
-        ) from error
+        hint = "Install it again: pip install --force-reinstall transformers"
+        raise UpcycleError(f"transformers cannot be imported: {words[:300]}", hint) from error
 
 
 @contextmanager

@@ -141,10 +141,8 @@ def _growth(
             f"Verify each step, where SOURCE is that MoE: {first} && {second}",
         )
     if others or given != Inputs(complete=False):
-        raise UpcycleError(
-            "an MoE grows from one model and keeps its routers.",
-            "Leave out `experts_from`, `router_init` and `calibration`.",
-        )
+        words = "an MoE grows from one model and keeps its routers."
+        raise UpcycleError(words, "Leave out `experts_from`, `router_init` and `calibration`.")
     more = {"routing", "source_num_experts", "source_top_k"}
     return partial(
         build_growth, _made(Growth, {**record["growth"], "allow_inexact": True}, more), dense
@@ -159,10 +157,8 @@ def _upcycling(
         raise RecordError(f"{RECORD_NAME}: target is {shown(target)}")
     merge = _merge(record, others)
     if given.rows is not None and recipe.router_init is not RouterInit.FILE:
-        raise UpcycleError(
-            f"{RECORD_NAME} says that the routers of this MoE do not come from a file.",
-            "Leave out `router_init`.",
-        )
+        words = f"{RECORD_NAME} says that the routers of this MoE do not come from a file."
+        raise UpcycleError(words, "Leave out `router_init`.")
     inputs = replace(given, text=_text(record, given.text))
     return lambda options: build_plan(
         recipe, dense, target=target, options=options, inputs=inputs, merge=merge
@@ -208,10 +204,8 @@ def _merge(record: Record, others: Sequence[Checkpoint]) -> Merge | None:
             return Merge(others=tuple(_in_order(models, others)), cycle=cycle, rest=rest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{RECORD_NAME}: experts_from is incomplete") from error
-    raise UpcycleError(
-        f"{RECORD_NAME} says that the experts come from several models, but only one is given.",
-        f"Name the others with `experts_from`: {names}.",
-    )
+    words = f"{RECORD_NAME} says that the experts come from several models, but only one is given."
+    raise UpcycleError(words, f"Name the others with `experts_from`: {names}.")
 
 
 def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -189,10 +189,8 @@ def check_private(path: Path) -> None:
         own = Path(fresh).lstat()
         if own.st_uid == status.st_uid and own.st_mode & _OTHERS_WRITE:
             return
-    raise UpcycleError(
-        f"{path} belongs to another user, or other users may write in it.",
-        f"If it is yours: chmod go-w {path}. If not, choose another OUTPUT.",
-    )
+    words = f"{path} belongs to another user, or other users may write in it."
+    raise UpcycleError(words, f"If it is yours: chmod go-w {path}. If not, choose another OUTPUT.")
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -246,10 +244,8 @@ def join(output: Path, plan: Plan, *, durable: bool) -> Staging:
     path = staging.directory
     state = read_state(path / MARKER) if safe_files.is_directory(path) else {}
     if state.get("plan_sha256") != plan.digest:
-        raise UpcycleError(
-            f"{path} is not the directory that rank 0 writes to.",
-            "Run all ranks on one shared file system.",
-        )
+        words = f"{path} is not the directory that rank 0 writes to."
+        raise UpcycleError(words, "Run all ranks on one shared file system.")
     check_private(path)
     return staging
 
