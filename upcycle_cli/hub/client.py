@@ -32,7 +32,6 @@ MAX_ANSWER_BYTES = 50_000_000  # of an answer that is not a file: 100,000 file n
 _TEMPORARY_ERRORS = (429, 500, 502, 503, 504)
 _RETRY_WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _MAX_RETRY_WAIT = 60.0
-_MIN_BYTES_FOR_A_BAR = 10_000_000
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r'(W/)?"?[A-Za-z0-9][A-Za-z0-9_.:+=~-]{0,199}"?')
@@ -315,19 +314,4 @@ def fetch(repo: str, name: str, revision: str | None) -> Path:
     """Download a small file into the cache; raises what huggingface_hub raises."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repo, name, revision=revision, tqdm_class=download_bar(0)))
-
-
-def download_bar(nbytes: int) -> type[Any]:
-    """Return the progress bar class for a download of `nbytes` bytes: one bar, none if small."""
-    from huggingface_hub.utils import tqdm
-
-    class DownloadBar(tqdm):
-        def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
-            # huggingface_hub also counts files, and bytes on the wire beside bytes on disk.
-            other = options.get("unit") != "B" or str(options.get("name")).endswith(".transfer")
-            if other or nbytes < _MIN_BYTES_FOR_A_BAR:
-                options["disable"] = True
-            super().__init__(*arguments, **(options | {"desc": "downloading", "leave": False}))  # type: ignore[no-untyped-call]
-
-    return DownloadBar
+    return Path(hf_hub_download(repo, name, revision=revision))

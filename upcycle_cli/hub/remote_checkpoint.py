@@ -174,9 +174,9 @@ class RepoStorage(Storage):
         if missing := self._missing(names):
             nbytes = self.bytes_to_download(missing)
             download = partial(snapshot_download, self.repo, revision=self.commit)
-            patterns, bar = [escape(name) for name in missing], client.download_bar(nbytes)
+            patterns = [escape(name) for name in missing]
             with client.hub_session(self.repo, self.commit), client.download_limit(nbytes):
-                client.run_interruptibly(partial(download, allow_patterns=patterns, tqdm_class=bar))
+                client.run_interruptibly(partial(download, allow_patterns=patterns))
 
     def bytes_to_download(self, names: Sequence[str]) -> int:
         """Return the total size of the files that are not in the cache."""
