@@ -13,7 +13,7 @@ from typing import Any
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, RECORD_NAME, read_json
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.core.safe_files import locate, sha256_of
-from upcycle_cli.core.text import counted, parameter_text, size_text
+from upcycle_cli.core.text import counted
 from upcycle_cli.inspection.summary import Inspection, inspect, inspection_rows
 from upcycle_cli.report import sections
 from upcycle_cli.report.page import Section, Table, properties, render, value_text
@@ -39,20 +39,21 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
     name = Path(models[-1]).name or models[-1]
     dense = "smaller MoE" if report.grown else "dense model"
     paths = report.paths or (Path(models[0]), Path(models[-1]))
-    record, facts = dict[str, Any](), dict[str, str]()
+    record, facts = dict[str, Any](), None
     with suppress(UpcycleError):
         record = read_json(locate(paths[1], RECORD_NAME, anywhere=True))
     with suppress(UpcycleError, OSError):
-        facts = _facts(inspect(paths[1]))
+        facts = _facts_section(inspect(paths[1]))
     layers = [layer for check in report.checks for layer in check.layers]
     texts = [text for check in report.checks for text in check.texts]
     names = [dense, *(f"{dense} {number}" for number in range(2, len(models))), "MoE"]
     parts = (
+        facts,
         Section(key="checks", title="Checks", checks=report.checks),
         sections.recipe_section(record),
         sections.errors_section(layers),
         sections.texts_section(texts),
-        sections.load_section(layers, record),
+        sections.load_section(layers),
         _origin_section(dict(zip(names, models, strict=True)), paths, record, command),
     )
     return render(
@@ -62,7 +63,6 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
         heading=name,
         status=str(report.status),
         verdict=_verdict(report, dense),
-        facts=facts | _versions("upcycle-cli", "torch", "transformers"),
         # The first failure of each check, such as a scaled expert and then the KL that it causes.
         findings=[check.failures[0] for check in report.checks if check.failures],
     )
@@ -72,16 +72,11 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
     """Return the page of an inspected MoE."""
     heading = name.rstrip("/").rsplit("/", maxsplit=1)[-1] or name
     weights, record = inspection.weights, inspection.record or {}
-    rows = {label: "; ".join(lines) for label, lines in inspection_rows(inspection)}
-    copies, moved = (rows.get(key) for key in ("copies", "moved"))
-    words = f"{copies[0].upper()}{copies[1:]}. " if copies else ""
-    words += f"Experts moved {moved}. " if moved else ""
-    facts = Table(caption="Facts", rows=[*rows.items()])
     parts = (
-        Section(key="facts", title="Checkpoint", tables=[facts]),
+        _facts_section(inspection),
         sections.recipe_section(record),
         sections.drift_section((weights and weights.movement) or ()),
-        None if inspection.load is None else sections.load_section(inspection.load.layers, record),
+        sections.load_section(() if inspection.load is None else inspection.load.layers),
         _origin_section({"MoE": name}, [inspection.checkpoint.path], record, command),
     )
     return render(
@@ -89,29 +84,14 @@ def inspection_html(inspection: Inspection, *, name: str, command: str) -> str:
         title=f"{heading} (upcycle inspect)",
         kind="Inspection of a Mixture of Experts",
         heading=heading,
-        verdict=f"{words}Use upcycle verify to compare the MoE with its dense model.",
-        facts=_facts(inspection) | _versions("upcycle-cli"),
+        verdict="Use upcycle verify to compare the MoE with its dense model.",
     )
 
 
-def _facts(found: Inspection) -> dict[str, str]:
-    record = found.record or {}
-    recipe = record.get("recipe")
-    facts = {
-        "parameters": parameter_text(found.total_parameters),
-        "active": parameter_text(found.active_parameters),
-        "dense model": found.dense_parameters and parameter_text(found.dense_parameters),
-        "size": size_text(found.checkpoint.nbytes),
-        "recipe": recipe.get("name") if isinstance(recipe, dict) else None,
-        "target": found.model_type,
-        "experts per layer": f"{found.num_experts}, {found.top_k} active",
-        "the recipe promises": record.get("promise"),
-    }
-    return {name: value_text(fact) for name, fact in facts.items() if fact}
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    return {name.removesuffix("-cli"): version(name) for name in packages}
+def _facts_section(inspection: Inspection) -> Section:
+    rows = [(label, "; ".join(lines)) for label, lines in inspection_rows(inspection)]
+    table = Table(caption="Facts", rows=rows)
+    return Section(key="facts", title="Checkpoint", tables=[table])
 
 
 def _verdict(report: Report, dense: str) -> str:
@@ -138,7 +118,7 @@ def _origin_section(
     """Return the section on the origin of a page; `paths` are the directories of the models."""
     files = [path / name for path in paths for name in (CONFIG_NAME, RECORD_NAME)]
     digests = {str(file): sha256_of(file) for file in files if file.is_file()}
-    versions = {"Python": platform.python_version()} | _versions(*_PACKAGES)
+    versions = {"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     tables = [
         properties({**models, "command": command}, "Models and command"),
         properties(versions, "Versions"),

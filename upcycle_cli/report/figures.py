@@ -64,29 +64,22 @@ def draw_lines(layers: Sequence[int], series: Mapping[str, Sequence[float]], *, 
     return _draw(paint)
 
 
-def draw_heat_map(
-    layers: Sequence[int], rows: Sequence[Sequence[float]], *, group_size: int, column: str
-) -> str:
-    """Plot the load of each layer and column, 1 for an even load; a gap separates groups."""
+def draw_heat_map(layers: Sequence[int], rows: Sequence[Sequence[float]]) -> str:
+    """Plot the load of each layer and expert, 1 for an even load."""
     from matplotlib.colors import TwoSlopeNorm
 
     height = max(2.2, min(5.5, 1.4 + 0.07 * len(rows)))
 
     def paint(axes: Any) -> None:  # noqa: ANN401 - matplotlib's
-        gap, count = int(group_size > 1), len(rows[0])
-        before = [[math.nan] * (gap and e > 0 and e % group_size == 0) for e in range(count)]
-        cells = [[v for e, load in enumerate(row) for v in (*before[e], load)] for row in rows]
         most = max(2.0, *(v for row in rows for v in row))
         norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
         # "none" stores a pixel per cell, which the browser enlarges.
         options = {"aspect": "auto", "interpolation": "none", "cmap": "RdBu_r", "norm": norm}
-        bar = axes.figure.colorbar(axes.imshow(cells, **options), ax=axes, pad=0.02)
+        bar = axes.figure.colorbar(axes.imshow(rows, **options), ax=axes, pad=0.02)
         bar.set_label("tokens, 1 = an even load")
-        axes.set_xlabel(column)
+        axes.set_xlabel("expert")
         axes.set_ylabel("layer")
-        starts = range(0, count, group_size * max(1, count // group_size // 16))
-        places = [e + gap * (e // group_size) + (group_size - 1) / 2 for e in starts]
-        axes.set_xticks(places, [str(e // group_size) for e in starts])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         steps = range(0, len(layers), max(1, len(layers) // 8))
         axes.set_yticks(list(steps), [str(layers[step]) for step in steps])
 

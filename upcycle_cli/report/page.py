@@ -64,14 +64,8 @@ class Section:
     level of its mark."""
 
 
-def render(
-    sections: Iterable[Section | None],
-    *,
-    facts: Mapping[str, str],
-    findings: Sequence[str] = (),
-    **page: str,
-) -> str:
-    """Return a page as HTML, with `facts` in a strip on top and `findings` in the banner."""
+def render(sections: Iterable[Section | None], *, findings: Sequence[str] = (), **page: str) -> str:
+    """Return a page as HTML, with `findings` in the banner."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -83,7 +77,7 @@ def render(
     template = environment.from_string((folder / "page.html").read_text("utf-8"))
     css = Markup((folder / "page.css").read_text("utf-8"))  # noqa: S704 - our own
     shown = [section for section in sections if section is not None]
-    top = {"facts": facts, "findings": findings, "css": css, "signs": _SIGNS}
+    top = {"findings": findings, "css": css, "signs": _SIGNS}
     return template.render({"status": "", **page, **top, "sections": shown})
 
 

@@ -115,38 +115,23 @@ def drift_section(layers: Sequence[LayerDrift]) -> Section | None:
         "mean*": [100 * sum(each.moved) / len(each.moved) for each in layers],
         "apart*": [100 * each.apart for each in layers],
     }
-    split, groups = sum(each.split_groups for each in layers), sum(e.num_groups for e in layers)
     words = (
         "Distances from the dense shard (most moved, mean) and from the mean of the shard's copies "
-        f"(apart), in % of the shard's norm. {split:,} of {groups:,} virtual groups have "
-        "unequal router rows."
+        "(apart), in % of the shard's norm."
     )
     return _by_layer("Training", layers, columns, unit="% of the norm", words=words)
 
 
-def _group_size(record: Mapping[str, Any], experts: int) -> int:
-    """Return the size of a virtual group from upcycle.json, which can hold any values."""
-    match record:
-        case {"growth": {"expand": int(size)}}:
-            pass
-        case {"recipe": {"virtual_groups": True, "granularity": int(g), "shared_experts": int(k)}}:
-            size = g - k
-        case _:
-            size = 1
-    return size if size > 0 and experts % size == 0 else 1
-
-
-def load_section(
-    layers: Sequence[LayerMeasure | LayerLoad], record: Mapping[str, Any]
-) -> Section | None:
-    """Return how many tokens chose each expert, or group if its experts have equal loads."""
+def load_section(layers: Sequence[LayerMeasure | LayerLoad]) -> Section | None:
+    """Return how many tokens chose each expert, None if that was not measured."""
     layers = [layer for layer in layers if layer.load]
     if not layers:
         return None
     numbers = [layer.layer for layer in layers]
-    experts = max(len(layer.load) for layer in layers)
-    rows = [_relative(layer.load, experts) for layer in layers]
-    idle = sum(layer.idle_experts for layer in layers)
+    experts = len(layers[0].load)
+    rows = [
+        [tokens * experts / max(sum(layer.load), 1) for tokens in layer.load] for layer in layers
+    ]
     most, layer, expert = max(
         (v, n, e) for n, row in zip(numbers, rows, strict=True) for e, v in enumerate(row)
     )
@@ -154,17 +139,9 @@ def load_section(
         f"{counted(len(layers), 'layer')} of {counted(experts, 'expert')}. The largest load is "
         f"{most:.3g} times an even one (layer {layer}, expert {expert})."
     )
-    if idle:
-        words += f" Experts that no token chose: {idle:,} of {experts * len(layers):,}."
-    size, column = _group_size(record, experts), "expert"
-    if size > 1:
-        column = "virtual group"
-        if all(len({*row[e : e + size]}) == 1 for row in rows for e in range(0, experts, size)):
-            words += f" The {size} experts of each virtual group have equal loads."
-            rows, size = [row[::size] for row in rows], 1
     figures = []
     if most != 1.0:
-        image = draw_heat_map(numbers, rows, group_size=size, column=column)
+        image = draw_heat_map(numbers, rows)
         figures = [Figure(image=image, title="Expert load", description=words)]
     table = Table(
         caption="Number of tokens that chose each expert",
@@ -174,11 +151,6 @@ def load_section(
     )
     said = [] if figures else [words]
     return Section(key="load", title="Expert load", words=said, figures=figures, tables=[table])
-
-
-def _relative(load: Sequence[int], experts: int) -> list[float]:
-    even = sum(load) / len(load) or 1.0
-    return [*(tokens / even for tokens in load), *([0.0] * (experts - len(load)))]
 
 
 def texts_section(texts: Sequence[TextMeasure]) -> Section | None:
