@@ -39,11 +39,6 @@ class LayerLoad:
     idle: tuple[int, ...]
     """The experts that no token chooses."""
 
-    @property
-    def idle_experts(self) -> int:
-        """The number of experts that no token chooses."""
-        return len(self.idle)
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ExpertLoad(Compact):

@@ -24,7 +24,7 @@ from upcycle_cli.verification.neuron_hashes import neuron_hashes
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WeightFacts(Compact):
-    """The results for the experts' weights; those after `shared_works` need the dense models."""
+    """The results for the experts' weights; those after `shared_width` need the dense models."""
 
     distinct_experts: int
     """The number of different experts, in the layer with the most."""
@@ -34,12 +34,8 @@ class WeightFacts(Compact):
     """The experts of all layers."""
     diverged: int
     """Experts that have copies in other groups of their layer, but no equal one."""
-    reordered_groups: int = 0
-    """Groups of all layers with the same neurons as the first group in another order."""
     shared_width: int = 0
     """The intermediate size of the shared expert; 0 without one."""
-    shared_works: bool = False
-    """Whether the shared expert's output is nonzero in some layer."""
     shared_neurons: int | None = None
     """How many neurons of the dense MLP the shared expert has."""
     factors: Mapping[str, float] | None = None
@@ -68,16 +64,12 @@ def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> Wei
             # Training can make the router rows of a group unequal.
             group_size = experts.num_experts // movement[0].num_groups
         layers = [_compare(experts, reader, layer, group_size) for layer in experts.layers]
-        shared = experts.shared_width
-        works = shared > 0 and any(experts.shared_works(reader, i) for i in experts.layers)
     return WeightFacts(
-        distinct_experts=max(distinct for distinct, _, _ in layers),
+        distinct_experts=max(distinct for distinct, _ in layers),
         granularity=granularity,
         num_experts=experts.num_experts * len(layers),
-        diverged=sum(diverged for _, diverged, _ in layers),
-        reordered_groups=sum(reordered for _, _, reordered in layers),
-        shared_width=shared,
-        shared_works=works,
+        diverged=sum(diverged for _, diverged in layers),
+        shared_width=experts.shared_width,
         shared_neurons=num_shared,
         factors=factors,
         sources=tuple(source.name for source in sources),
@@ -85,8 +77,8 @@ def examine_weights(experts: Experts, sources: Sequence[Checkpoint] = ()) -> Wei
     )
 
 
-def _compare(experts: Experts, reader: Reader, layer: int, size: int) -> tuple[int, int, int]:
-    """Return how many experts are different, how many diverged, and how many groups are reordered.
+def _compare(experts: Experts, reader: Reader, layer: int, size: int) -> tuple[int, int]:
+    """Return how many experts are different, and how many have diverged.
 
     Groups have `size` experts. An expert has diverged if no other group has the same expert at its
     place, nor all neurons of its group in another order.
@@ -95,7 +87,7 @@ def _compare(experts: Experts, reader: Reader, layer: int, size: int) -> tuple[i
     digests = [[_digest(experts, reader, layer, e) for e in group] for group in groups]
     distinct = len({*chain(*digests)})
     if all(own == digests[0] for own in digests):
-        return distinct, 0, 0
+        return distinct, 0
     neurons = [_neurons(experts, reader, layer, group) for group in groups]
     alone = [neurons.count(each) == 1 for each in neurons]
     places = [Counter(column) for column in zip(*digests, strict=True)]
@@ -104,8 +96,7 @@ def _compare(experts: Experts, reader: Reader, layer: int, size: int) -> tuple[i
         for group, own in enumerate(digests)
         for shard, place in enumerate(places)
     )
-    same = zip(neurons, digests, strict=True)
-    return distinct, diverged, sum(n == neurons[0] and d != digests[0] for n, d in same)
+    return distinct, diverged
 
 
 def _digest(experts: Experts, reader: Reader, layer: int, expert: int) -> bytes:

@@ -23,7 +23,7 @@ from upcycle_cli.models.engines import Engine, Trainer, engines, support_lines, 
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
 from upcycle_cli.models.moe_experts import find_experts
-from upcycle_cli.recipe.recipe import ExpertLayout, Recipe, to_recipe
+from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Recipe, to_recipe
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import ExpertLoad
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
     from upcycle_cli.plan.texts import CalibrationText
-    from upcycle_cli.recipe.recipe import Growth
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -274,10 +273,9 @@ def _weight_rows(weights: WeightFacts, num_experts: int | None, *, merged: bool)
         rows = f"the same in each group of {weights.granularity} experts"
         yield "router rows", [rows if weights.granularity > 1 else "all different"]
     if weights.shared_width:
-        made = "it contributes to the output" if weights.shared_works else "its output is zero"
-        if weights.shared_neurons:
-            made = f"{weights.shared_neurons:,} neurons of the dense MLP"
-        yield "shared expert", [f"{weights.shared_width:,} wide: {made}"]
+        width, neurons = weights.shared_width, weights.shared_neurons
+        made = f": {neurons:,} neurons of the dense MLP" if neurons else ""
+        yield "shared expert", [f"{width:,} wide{made}"]
     if weights.factors is not None:
         measured = ", ".join(f"{name} × {value:.6g}" for name, value in weights.factors.items())
         yield "scale factors", [f"{measured} (measured against the dense model)"]
@@ -296,10 +294,7 @@ def _copies_text(weights: WeightFacts, num_experts: int | None) -> str:
         if weights.movement is None and weights.granularity == 1 and distinct == num_experts:
             return f"all {num_experts} experts of a layer differ; `dense` tells which were copies"
         return f"{weights.diverged:,} of {total:,} experts have diverged from their copies"
-    words = f"all experts equal their copies: {counted(distinct, 'different expert')} per layer"
-    if weights.reordered_groups:
-        words += f"; {weights.reordered_groups:,} groups have their neurons in another order"
-    return words
+    return f"all experts equal their copies: {counted(distinct, 'different expert')} per layer"
 
 
 def _drift_rows(layers: Sequence[LayerDrift]) -> Iterator[Row]:
@@ -329,6 +324,6 @@ def _load_rows(found: ExpertLoad) -> Iterator[Row]:
     mean = sum(each.load_cv for each in layers) / len(layers)
     varies = f"varies by {mean:.2f} on average, at most {worst.load_cv:.2f} (layer {worst.layer})"
     yield "expert load", [f"{varies} ({found.tokens:,} tokens of {found.text})"]
-    idle, every = sum(each.idle_experts for each in layers), sum(len(e.load) for e in layers)
+    idle, every = sum(len(each.idle) for each in layers), sum(len(e.load) for e in layers)
     where = format_layers([each.layer for each in layers if each.idle])
     yield "never chosen", [f"{idle:,} of {every:,} experts" + f", in layers {where}" * bool(idle)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -141,6 +141,11 @@ class Matches:
     similarity: float
     """The sum of the cosines."""
 
+    @property
+    def unlike(self) -> float:
+        """The share of our neurons without a match."""
+        return 1 - float(self.matched.mean())
+
 
 def match_neurons(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Matches:
     """Match neurons by the direction of sketches, (I, K); there may be more of theirs."""
@@ -168,20 +173,6 @@ def match_neurons(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Mat
     return Matches(order, matched, float(best[similar].sum()))
 
 
-class _Group(NamedTuple):
-    """A virtual group, and how its neurons match the most similar dense model's."""
-
-    start: int
-    """The first expert."""
-    model: int
-    matches: Matches
-
-    @property
-    def unlike(self) -> float:
-        """The share of neurons that do not match."""
-        return 1 - float(self.matches.matched.mean())
-
-
 @dataclass
 class _Layer:
     """The experts of one layer, and the dense MLPs that they were made from."""
@@ -195,13 +186,13 @@ class _Layer:
 
     def factors(self) -> dict[str, float]:
         """Return for each part the least-squares ratio of the first group to its dense MLP."""
-        group, found = self._groups[0], {}
+        found, unlike = {}, self._matches[0][1].unlike
         for part in self.dense_mlps[0]:
-            actual, dense, matched, _ = self._compared(part, group)
+            actual, dense, matched, _ = self._compared(part, 0)
             actual, dense = actual.double(), dense.double()
             dense_squares = float((dense.square() * matched).sum())
             ratio = float((actual * dense * matched).sum()) / dense_squares if dense_squares else 1
-            if group.unlike == 1 and dense_squares:  # reinitialized neurons keep the scale
+            if unlike == 1 and dense_squares:  # reinitialized neurons keep the scale
                 ratio = math.sqrt(float(actual.square().sum()) / dense_squares)
             simple = float(Fraction(ratio).limit_denominator(_MAX_DENOMINATOR))
             found[part] = simple if math.isclose(simple, ratio, rel_tol=_ROUNDING) else ratio
@@ -214,7 +205,7 @@ class _Layer:
         for part in self.dense_mlps[0]:
             total: dict[int, Any] = {}
             copies: dict[int, Any] = {}
-            for group in self._groups:
+            for group, (model, _) in enumerate(self._matches):
                 actual, dense, matched, owners = self._compared(part, group)
                 # A conversion casts first, then multiplies and rounds.
                 dense = (dense * factors[part]).double() * matched
@@ -222,8 +213,8 @@ class _Layer:
                 squares.index_add_(0, owners, difference.square().sum(1))
                 lengths.index_add_(0, owners, dense.square().sum(1))
                 apart += float(difference.square().sum())
-                total[group.model] = total.get(group.model, 0) + difference
-                copies[group.model] = copies.get(group.model, 0) + matched
+                total[model] = total.get(model, 0) + difference
+                copies[model] = copies.get(model, 0) + matched
             for model, each in total.items():
                 apart -= float((each.square() / copies[model].clamp(min=1)).sum())
         rows = self.experts.router(self.moe, self.layer)
@@ -232,51 +223,52 @@ class _Layer:
             layer=self.layer,
             moved=tuple(map(_ratio, squares.tolist(), lengths.tolist())),
             apart=_ratio(max(0.0, apart), float(lengths.sum())),
-            unlike=sum(group.unlike for group in self._groups) / len(self._groups),
+            unlike=sum(each.unlike for _, each in self._matches) / len(self._matches),
             num_groups=len(routers),
             split_groups=int((routers != routers[:, :1]).flatten(1).any(1).sum()),
-            models=tuple(group.model for group in self._groups),
+            models=tuple(model for model, _ in self._matches),
         )
 
     def _compared(
-        self, part: str, group: _Group
+        self, part: str, group: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a group's part and the dense one, (I, K), which rows count, and their experts.
 
         A part without neurons has a row for each expert.
         """
-        actual = self._rows(part, group.start)
-        dense = self.dense_mlps[group.model][part].to(actual.dtype)
+        actual, (model, matches) = self._rows(part, group), self._matches[group]
+        dense = self.dense_mlps[model][part].to(actual.dtype)
         owners, matched = torch.arange(self.group_size), torch.ones(self.group_size)
         if self.experts.cut(part) is None:
             dense = dense.expand(self.group_size, -1)
         else:
-            order, found = torch.from_numpy(group.matches.order), group.matches.matched
+            order, found = torch.from_numpy(matches.order), matches.matched
             # A group without any match is compared as it is.
             actual, matched = actual[order], torch.from_numpy(found if found.any() else ~found)
             owners = order // self.experts.expert_size
         if actual.shape != dense.shape:
             raise UpcycleError("the MoE was not made from this dense model: sizes differ.")
-        return actual, dense, matched[:, None], group.start + owners
+        return actual, dense, matched[:, None], group * self.group_size + owners
 
-    def _rows(self, part: str, start: int, columns: int | None = None) -> torch.Tensor:
-        """Return the first `columns` of a part of the group that starts with this expert."""
-        experts, dim = range(start, start + self.group_size), self.experts.cut(part)
+    def _rows(self, part: str, group: int, columns: int | None = None) -> torch.Tensor:
+        """Return the first `columns` of a part of a group."""
+        start, dim = group * self.group_size, self.experts.cut(part)
+        experts = range(start, start + self.group_size)
         matrices = (self.experts.part(self.moe, self.layer, e, part) for e in experts)
         return torch.cat([_by_neuron(matrix, dim)[:, :columns] for matrix in matrices])
 
     @cached_property
-    def _groups(self) -> list[_Group]:
+    def _matches(self) -> list[tuple[int, Matches]]:
+        """For each group, the most similar dense model, and which of its neurons are which."""
         parts = [part for part in ("gate", "up", "down") if part in self.dense_mlps[0]]
         dense = [np.concatenate([_sketch(m[part]) for part in parts], 1) for m in self.dense_mlps]
-        groups = []
-        for start in range(0, self.experts.num_experts, self.group_size):
-            sketches = [_sketch(self._rows(part, start, _SKETCH_SIZE)) for part in parts]
+        best = []
+        for group in range(self.experts.num_experts // self.group_size):
+            sketches = [_sketch(self._rows(part, group, _SKETCH_SIZE)) for part in parts]
             joined = np.concatenate(sketches, 1)
-            matches = [match_neurons(rows, joined) for rows in dense]
-            model = max(range(len(matches)), key=lambda number: matches[number].similarity)
-            groups.append(_Group(start, model, matches[model]))
-        return groups
+            matches = enumerate(match_neurons(rows, joined) for rows in dense)
+            best.append(max(matches, key=lambda found: found[1].similarity))
+        return best
 
 
 def _by_neuron(part: torch.Tensor, dim: int | None) -> torch.Tensor:

@@ -128,14 +128,6 @@ class Experts:
         name = self.target.prefix(layer) + found.tensor
         return self._read(reader, name)[found.index] if name in self.moe.tensors else None
 
-    def shared_works(self, reader: Reader, layer: int) -> bool:
-        """Whether the shared expert of a layer has a nonzero output."""
-        norm = None if self.target.shared is None else self.target.shared.norm
-        if norm is not None:
-            return bool(self._read(reader, self.target.prefix(layer) + norm).any())
-        down = self.shared_part(reader, layer, "down")
-        return down is not None and bool(down.any())
-
     def cut(self, part: str) -> int | None:
         """Return the dimension of a part's neurons in memory; None for a down bias."""
         return find_weight(self.target.in_memory.experts, part).split_dim
