@@ -308,7 +308,7 @@ def test_convert_verify_and_push(hub: Hub, run: RunOnHub, llama: Path, tmp_path:
     assert hub.store.repos[MOE].private
     assert files_of(hub) == files_in(tmp_path / "out")
     card = files_of(hub)["README.md"].decode()
-    assert f"upcycle verify {REPO} {MOE} --dense-revision {commit}" in card
+    assert f"upcycle verify {REPO}@{commit} {MOE}" in card
     assert card.count("| passed |") == 3
     # The card's code loads what was pushed.
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)

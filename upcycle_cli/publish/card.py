@@ -104,15 +104,10 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
 
 def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str]:
     """Yield the words of the command that verifies an output; `paths` names local files."""
-    source, *others = plan.sources
-    unnamed = "SOURCE" if plan.growing else "DENSE"
-    dense = source.repo or (str(source.path) if paths else unnamed)
-    dense = dense if source.adapter is None else _named(source, paths=paths)
+    dense, *others = (_named(source, paths=paths) for source in plan.sources)
     yield from ("upcycle", "verify", dense, moe)
-    if source.adapter is None and source.revision:
-        yield from ("--dense-revision", source.revision)
     for other in others:
-        yield from ("--experts-from", _named(other, paths=paths))
+        yield from ("--experts-from", other)
     rows, text = plan.inputs.rows, plan.inputs.text
     if rows is not None:
         yield from ("--router-init", str(rows.path) if paths else "FILE")
@@ -123,7 +118,7 @@ def verify_command(plan: Plan, moe: str, *, paths: bool = False) -> Iterator[str
 
 
 def _named(source: Checkpoint, *, paths: bool) -> str:
-    """Return a source as `experts_from` takes it; `paths` names local files."""
+    """Return a source as `verify` takes it; `paths` names local files."""
     parts = source.base_and_adapter
     return "+".join(each.location if paths or each.repo else each.name for each in parts)
 

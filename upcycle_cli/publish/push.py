@@ -170,7 +170,8 @@ def push(
     found = _check_complete(directory, destination.repo)
     files = {name: directory / name for name in found.own}
     has_report = REPORT_NAME in files
-    card = card_for_repo(_read_card(files[CARD_NAME]), repo, with_report=has_report)
+    card = read_small(files[CARD_NAME]).decode(errors="replace")
+    card = card_for_repo(card, repo, with_report=has_report)
     with client.hub_session(destination.repo, destination.revision):
         info = _create_repo(destination)
         existing, head = client.file_sizes(info), client.checked_commit(info.sha)
@@ -247,13 +248,6 @@ def _fetch(repo: str, name: str, commit: str) -> Path:
     """Download a small file by its commit: the cache may know an older one for the branch."""
     with client.download_limit(MOST_JSON_BYTES):
         return client.retry(lambda: client.fetch(repo, name, commit))
-
-
-def _read_card(path: Path) -> str:
-    try:
-        return read_small(path, MOST_JSON_BYTES).decode()
-    except UnicodeDecodeError as error:
-        raise UpcycleError(f"{path} is not UTF-8 text.", "Save it as UTF-8.") from error
 
 
 def _commit(
