@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from upcycle_cli.cli.terminal import json_text
+from upcycle_cli.cli.terminal import print_json
 from upcycle_cli.core.text import printable, printable_lines
 
 TEXTS = {
@@ -25,9 +25,12 @@ TEXTS = {
 
 
 @pytest.mark.parametrize(("text", "shown"), TEXTS.items())
-def test_a_terminal_and_json_show_invisible_characters(text: str, shown: str) -> None:
+def test_a_terminal_and_json_show_invisible_characters(
+    text: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert printable(text) == shown
-    printed = json_text({text: [text, 1, None]})
+    print_json({text: [text, 1, None]})
+    printed = capsys.readouterr().out
     assert printed.isascii()
     assert printable_lines(printed) == printed
     read = text.replace("\udcff", r"\udcff")

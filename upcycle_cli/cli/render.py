@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.budget import SizedRecipe
     from upcycle_cli.publish.push import Push
 
-_MAX_WIDTH = 100
-"""A longer cell in a list of tensors moves the rest of its own line only."""
 _MOST_RECIPES = 20
 """More recipes are listed with --all."""
 _MEMORY_NOTE = (
@@ -49,62 +47,55 @@ def tensor_lines(inspection: Inspection) -> Iterator[str]:
     from upcycle_cli.cli.render_json import tensors_json
 
     last = "file" if inspection.plan is None else "made_from"
-    rows = [("tensor", "dtype", "shape", last.replace("_", " "))]
     for tensor in tensors_json(inspection):
         shape = "×".join(map(str, tensor["shape"]))
-        rows.append((printable(tensor["name"]), tensor["dtype"], shape, printable(tensor[last])))
-    widths = [min(_MAX_WIDTH, max(map(len, column))) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        yield "  ".join(text.ljust(width) for text, width in cells).rstrip()
+        name = printable(tensor["name"])
+        yield f"{name:60}  {tensor['dtype']:4}  {shape:14}  {printable(tensor[last])}"
 
 
-class Ranking(NamedTuple):
-    """The recipes that fit a budget, best first, and the command that converts with the best."""
+def show_fits(
+    fits: Sequence[SizedRecipe], memory: int | None, command: str, *, every: bool
+) -> None:
+    """Print the recipes that fit a budget, best first: the suggestion, then what can be trained.
 
-    fits: Sequence[SizedRecipe]
-    memory: int | None
-    """The limit in bytes; None without one."""
-    command: str
+    Recipes that can only run come last. `memory` is the limit in bytes, if there is one, and
+    `command` converts with the best recipe.
+    """
+    shown = fits if every else fits[:_MOST_RECIPES]
+    limit = "" if memory is None else size_text(memory)
+    title = f"Can be trained in {limit}" if limit else "Recipes that fit"
+    title += ", best first (T = 2G, then E near 8, then small G)"
+    groups = {title: [fit for fit in shown if fit.trains is not False]}
+    groups["Can only run there"] = [fit for fit in shown if fit.trains is False]
+    terminal.show(terminal.rows_table(_suggestion(fits, limit)))
+    if fits[0].trains is not False:
+        terminal.stdout().out(f"\nNext: {command}", highlight=False)  # in one piece
+    terminal.stdout().out("")
+    terminal.show(*(_fits_table(name, rows) for name, rows in groups.items() if rows))
+    notes = {name: f"{name}: {text}" for fit in shown for name, text in fit.warnings.items()}
+    if more := len(fits) - len(shown):
+        notes[""] = f"{counted(more, 'more recipe')} fit; --all lists them."
+    terminal.warn(_MEMORY_NOTE, *notes.values())
 
-    def show(self, *, every: bool) -> None:
-        """Print the suggestion, then what can be trained, then what can only run."""
-        shown = self.fits if every else self.fits[:_MOST_RECIPES]
-        title = "Recipes that fit"
-        if self.memory is not None:
-            title = f"Can be trained in {size_text(self.memory)}"
-        title += ", best first (T = 2G, then E near 8, then small G)"
-        groups = {title: [fit for fit in shown if fit.trains is not False]}
-        groups["Can only run there"] = [fit for fit in shown if fit.trains is False]
-        terminal.show(terminal.rows_table(self._suggestion()))
-        if self.fits[0].trains is not False:
-            terminal.stdout().out(f"\nNext: {self.command}", highlight=False)  # in one piece
-        terminal.stdout().out("")
-        terminal.show(*(_fits_table(name, rows) for name, rows in groups.items() if rows))
-        notes = {name: f"{name}: {text}" for fit in shown for name, text in fit.warnings.items()}
-        if more := len(self.fits) - len(shown):
-            notes[""] = f"{counted(more, 'more recipe')} fit; --all lists them."
-        terminal.warn(_MEMORY_NOTE, *notes.values())
 
-    def _suggestion(self) -> Iterator[tuple[str, Sequence[str]]]:
-        from upcycle_cli.plan.budget import suggestion
+def _suggestion(fits: Sequence[SizedRecipe], limit: str) -> Iterator[tuple[str, Sequence[str]]]:
+    from upcycle_cli.plan.budget import suggestion
 
-        found = suggestion(self.fits)
-        if found is None:
-            least = min(self.fits, key=lambda fit: fit.training_bytes)
-            needs = f"the smallest, {least.recipe.name}, needs {size_text(least.training_bytes)}"
-            yield "suggested", [f"nothing can be trained in {size_text(self.memory or 0)}: {needs}"]
-            return
-        best, reason = found
-        sizes = (best.total_parameters, best.active_parameters)
-        total, active = map(parameter_text, sizes)
-        flops = f"{best.flops_ratio:.2f} × the dense model's FLOPs"
-        name = f"{best.recipe.name} as {best.target}"
-        yield "suggested", [f"{name}: {total} parameters, {active} active, {flops}"]
-        yield "why", [reason]
-        yield from (("warning", [text]) for text in best.warnings.values())
-        limit = "" if self.memory is None else f" of {size_text(self.memory)}"
-        yield "training", [f"takes {size_text(best.training_bytes)}{limit}, plus activations"]
+    found = suggestion(fits)
+    if found is None:
+        least = min(fits, key=lambda fit: fit.training_bytes)
+        needs = f"the smallest, {least.recipe.name}, needs {size_text(least.training_bytes)}"
+        yield "suggested", [f"nothing can be trained in {limit}: {needs}"]
+        return
+    best, reason = found
+    total, active = parameter_text(best.total_parameters), parameter_text(best.active_parameters)
+    flops = f"{best.flops_ratio:.2f} × the dense model's FLOPs"
+    name = f"{best.recipe.name} as {best.target}"
+    yield "suggested", [f"{name}: {total} parameters, {active} active, {flops}"]
+    yield "why", [reason]
+    yield from (("warning", [text]) for text in best.warnings.values())
+    of = f" of {limit}" if limit else ""
+    yield "training", [f"takes {size_text(best.training_bytes)}{of}, plus activations"]
 
 
 def _fits_table(title: str, fits: Sequence[SizedRecipe]) -> Table:

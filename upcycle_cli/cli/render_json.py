@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from upcycle_cli.publish.push import Push
 
 
-def inspection_json(inspection: Inspection) -> dict[str, Any]:
-    """Return an inspection; a planned conversion is under `plan`."""
+def inspection_json(
+    inspection: Inspection, fits: Sequence[SizedRecipe], command: str, *, tensors: bool
+) -> dict[str, Any]:
+    """Return an inspection; a planned conversion is under `plan`.
+
+    `fits` are the recipes that fit a budget, and `command` converts with the suggested one.
+    """
     recipe = (inspection.record or {}).get("recipe")
     name = recipe.get("name") if isinstance(recipe, dict) else None
     plan = inspection.plan
-    return {
+    value = {
         "status": "inspected",
         **_pick(inspection, "kind model_type targets num_experts top_k routing expert_layout"),
         **_pick(inspection, "moe_layers total_parameters active_parameters dense_parameters"),
@@ -43,6 +48,9 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
         "load": None if inspection.load is None else asdict(inspection.load),
         "plan": plan and plan_json(plan, inspection.warnings),
     }
+    if tensors:
+        value["tensors"] = tensors_json(inspection)
+    return value | (_fits_json(fits, command) if fits else {})
 
 
 def tensors_json(inspection: Inspection) -> list[dict[str, Any]]:
@@ -103,8 +111,7 @@ def push_json(push: Push) -> dict[str, Any]:
     }
 
 
-def fits_json(fits: Sequence[SizedRecipe], command: str) -> dict[str, Any]:
-    """Return the recipes that fit a budget, and the suggested one with the command to type."""
+def _fits_json(fits: Sequence[SizedRecipe], command: str) -> dict[str, Any]:
     from upcycle_cli.plan.budget import suggestion
 
     found = suggestion(fits)

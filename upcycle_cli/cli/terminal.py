@@ -82,10 +82,7 @@ def warn(*texts: str) -> None:
     console = stderr()
     for text in texts:
         note = Text.assemble(("note:", "yellow"), " ", printable(blotted(with_flags(text))))
-        if console.is_terminal:
-            show(note, to=console)
-        else:  # whole lines in a log can be searched
-            console.print(note, soft_wrap=True)
+        console.print(note, soft_wrap=True)
 
 
 def say_error(message: str, hint: str | None = None) -> None:
@@ -106,19 +103,15 @@ def fail(message: str, code: int, hint: str | None = None) -> NoReturn:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print the one JSON object of a command."""
-    sys.stdout.write(json_text(value) + "\n")
+    """Print the one JSON object of a command, in ASCII for every terminal and parser."""
+    text = dumps(_json_value(value), indent=2).replace("\x7f", r"\u007f")
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def print_error_json(message: str, code: int, hint: str | None) -> None:
     """Print the JSON object of a command that stops with an error."""
     print_json({"status": "error", "exit_code": code, "message": message, "hint": hint})
-
-
-def json_text(value: object) -> str:
-    """Return a value as ASCII JSON, which every terminal shows and every parser reads."""
-    return dumps(_json_value(value), indent=2).replace("\x7f", r"\u007f")
 
 
 def _json_value(value: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from enum import StrEnum
 from html import escape
@@ -24,10 +24,9 @@ _STATUS_STYLES = {
     "measured": "yellow",
     "skipped": "yellow",
 }
-_MOST_IN_FIELD = 80
 _SHORT = Repr()
 _SHORT.maxlevel = _SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 3
-_SHORT.maxstring = _SHORT.maxother = _MOST_IN_FIELD + 1
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class Compact:
@@ -36,20 +35,13 @@ class Compact:
     __slots__ = ()
 
     def __repr__(self) -> str:
-        found = {field: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        shown = (f"{f.name}={_short(x)}" for f, x in found.items() if x is not f.default)
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-
-def _short(value: object) -> str:
-    """Return a value in Python's notation; a long one by its type and length."""
-    text = _SHORT.repr(str(value) if isinstance(value, StrEnum) else value)
-    if len(text) <= _MOST_IN_FIELD and "\n" not in text:
-        return text
-    name = type(value).__name__
-    if isinstance(value, Sized) and not isinstance(value, str):
-        return f"<{name} of {len(value)}>"
-    return f"{name}(...)"
+        parts = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is not field.default:
+                text = _SHORT.repr(str(value) if isinstance(value, StrEnum) else value)
+                parts.append(f"{field.name}={text}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 class Result(Compact):

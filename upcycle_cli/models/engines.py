@@ -55,7 +55,6 @@ class Support(StrEnum):
     WRONG_BY_SOURCE = "by its source (not run) computes something else"
 
 
-UNTIED = (Support.UNTIED_ONLY, Support.UNTIED_OR_WRONG)
 SILENTLY_WRONG = {
     *(Support.UNTIED_OR_WRONG, Support.BALANCED_OR_WRONG, Support.PER_EXPERT_OR_WRONG),
     *(Support.WRONG, Support.WRONG_ON_CPU, Support.CHANGES, Support.WRONG_BY_SOURCE),

@@ -52,8 +52,6 @@ class TargetFacts(Compact):
     """Where the scale factor can go: a config key, the weights. The first is the default."""
     refusal: str | None = None
     """Why a model cannot become it."""
-    untying_helps: bool = False
-    """Whether more engines or trainers take it with untied embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -185,7 +183,6 @@ def _facts(name: str, row: Target, *, tied: bool = False, attention: str = "") -
     trains = {r: software.trainers(row, each) for r, each in traits.items()}
     engines, others = _split(runs)
     trainers, other_trainers = _split(trains)
-    every = [each.support for found in (*runs.values(), *trains.values()) for each in found]
     balanced = "nothing"
     if row.in_memory.correction_bias is not None:
         balanced += ": no tested trainer updates the correction bias"
@@ -203,7 +200,6 @@ def _facts(name: str, row: Target, *, tied: bool = False, attention: str = "") -
         balanced=balanced,
         shared_experts="none" if row.shared is None else row.shared.possible_widths,
         scaled_by=("weights",) if scale is None else (scale, "weights"),
-        untying_helps=any(support in software.UNTIED for support in every),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
-from upcycle_cli.cli import options, render, terminal
+from upcycle_cli.cli import options, render, render_json, terminal
 from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.progress import progress_bar
@@ -17,7 +18,7 @@ from upcycle_cli.recipe.recipe import NeuronOrder, RouterInit
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.summary import Inspection
-    from upcycle_cli.plan.budget import Budget
+    from upcycle_cli.plan.budget import SizedRecipe
 
 
 @options.declared
@@ -82,43 +83,26 @@ def inspect(
         words = f"{path} is a mixture of experts, and only dense models can become others."
         raise UpcycleError(words, "Remove --targets.")
     if report is not None:
-        _write_report(report, found, path)
-    ranking = None if budget is None else _rank(found, budget, moe, context)
+        _write_report(report, found, path, silent=json)
+    fits: Sequence[SizedRecipe] = ()
+    command = ""
+    if budget is not None:
+        from upcycle_cli.plan.budget import fitting
+
+        fits = fitting(found.checkpoint, budget, **values.to_shared_choices(moe, context))
+        command = values.convert_command(context, fits[0].recipe.name)
     if json:
-        _print_json(found, ranking, tensors=tensors)
+        terminal.print_json(render_json.inspection_json(found, fits, command, tensors=tensors))
         return
-    if ranking is not None:
-        ranking.show(every=all_recipes)
+    if budget is not None:
+        render.show_fits(fits, budget.gpu_bytes, command, every=all_recipes)
     else:
         _print_tables(found, targets=targets)
-    if report is not None:
-        terminal.talk(f"Wrote {report}.")
     if tensors:
         # One line a tensor, whatever the width of the screen, so that grep finds it.
         terminal.stdout().out("", *render.tensor_lines(found), sep="\n", highlight=False)
-    elif not (ranking or found.plan or found.weights or found.load):
+    elif not (budget or found.plan or found.weights or found.load):
         terminal.talk("", f"Next: {_next_command(found, path)}")
-
-
-def _rank(
-    found: Inspection, budget: Budget, moe: MoeOptions, context: typer.Context
-) -> render.Ranking:
-    from upcycle_cli.plan.budget import fitting
-
-    fits = fitting(found.checkpoint, budget, **values.to_shared_choices(moe, context))
-    command = values.convert_command(context, fits[0].recipe.name)
-    return render.Ranking(fits, budget.gpu_bytes, command)
-
-
-def _print_json(found: Inspection, ranking: render.Ranking | None, *, tensors: bool) -> None:
-    from upcycle_cli.cli import render_json
-
-    value = render_json.inspection_json(found)
-    if tensors:
-        value["tensors"] = render_json.tensors_json(found)
-    if ranking is not None:
-        value |= render_json.fits_json(ranking.fits, ranking.command)
-    terminal.print_json(value)
 
 
 def _print_tables(found: Inspection, *, targets: bool) -> None:
@@ -129,9 +113,6 @@ def _print_tables(found: Inspection, *, targets: bool) -> None:
         compared.append(terminal.rows_table(target_rows(found.becomes)))
     terminal.show(found, *compared)
     terminal.warn(*found.warnings)
-    if targets and (names := [each.name for each in found.becomes if each.untying_helps]):
-        words = "this model's head is tied; with --untie-embeddings more software runs or trains"
-        terminal.warn(f"{words} {', '.join(names)}.")
 
 
 def _next_command(found: Inspection, path: Path) -> str:
@@ -143,7 +124,7 @@ def _next_command(found: Inspection, path: Path) -> str:
     return f"upcycle inspect {place} --weights --dense DENSE measures how far training moved it."
 
 
-def _write_report(report: Path, found: Inspection, path: Path) -> None:
+def _write_report(report: Path, found: Inspection, path: Path, *, silent: bool) -> None:
     from upcycle_cli.core.safe_files import write_whole
     from upcycle_cli.report.contents import inspection_html
 
@@ -151,3 +132,5 @@ def _write_report(report: Path, found: Inspection, path: Path) -> None:
         raise UpcycleError(f"{path} is a dense model; --report needs an MoE.", "Remove --report.")
     html = inspection_html(found, name=str(path), command=render.command_line())
     write_whole(report, options.with_flags(html).encode())
+    if not silent:
+        terminal.talk(f"Wrote {report}.")
