@@ -31,7 +31,6 @@ from upcycle_cli.run.models import load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS
 from upcycle_cli.verification.prompts import TextOptions, make_prompt
 from upcycle_cli.verification.result import ENGINE, CheckResult, Findings, Status
-from upcycle_cli.write.plain_copy import plain_copy
 
 if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -175,6 +174,8 @@ def check_engine(
     with source_errors(dense.path):
         rows = _rows(dense, texts)
     check, what = ENGINE + name, expected.source
+    from upcycle_cli.write.plain_copy import plain_copy  # which imports numpy
+
     try:
         with plain_copy(dense) as path:
             version, wanted = options.run(name, path, rows, trust=False)
