@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from adapters import edit_adapter_config, make_adapter
+from adapters import ADAPTER_WEIGHTS, edit_adapter_config, make_adapter
 from conftest import MakeDense, RunOnHub, clone, contents, read_json, read_tensors, snapshot
 from refusals import invoke
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from upcycle_cli import MergeRequest, Options, Recipe, UpcycleError, convert, verify
+from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.hub.remote_checkpoint import open_source
 
 if TYPE_CHECKING:
+    import torch
     from hub.server import Hub
 
 ALL = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -39,12 +44,15 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     ]
 
 
+def weights_of(source: Checkpoint) -> dict[str, torch.Tensor]:
+    with source.reader() as reader:
+        return {name: reader.tensor(name).contiguous() for name in source.tensors}
+
+
 def merged(base: Path, adapter: Path, path: Path) -> Path:
     """A directory with the tensors of BASE+ADAPTER."""
-    source = open_source(f"{base}+{adapter}")
+    tensors = weights_of(open_source(f"{base}+{adapter}"))
     shutil.copytree(base, path)
-    with source.reader() as reader:
-        tensors = {name: reader.tensor(name).contiguous() for name in source.tensors}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -172,6 +180,37 @@ def test_repos_with_revisions(
     run("verify", f"{base}+{adapters[0]}", "out", "--checks", "directory,weights")
     run("verify", pinned, "out", "--checks", "directory,weights", HF_HUB_OFFLINE="1")
     assert "(99, 48)" in run("inspect", "acme/base+acme/code", expect=2).stderr
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_refuse_values_that_are_not_finite(
+    base: Path, adapters: list[Path], tmp_path: Path, value: float
+) -> None:
+    adapter = shutil.copytree(adapters[0], tmp_path / "lora")
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0] = value
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+    with pytest.raises(UpcycleError, match=r"not finite.*layers\.1\.mlp\.up_proj"):
+        convert(f"{base}+{adapter}", tmp_path / "moe", "E2G1T1")
+    assert not (tmp_path / "moe").exists()
+
+
+def test_an_adapter_that_changes_is_another_model(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    """While it is read that is an error; later the output is no longer this command's."""
+    adapter = shutil.copytree(adapters[0], tmp_path / "lora")
+    source = open_source(f"{base}+{adapter}")
+    convert(f"{base}+{adapter}", tmp_path / "moe", "E2G1T1")
+    os.utime(adapter / ADAPTER_WEIGHTS, ns=(1, 1))
+    for check in (source.check_unchanged, lambda: weights_of(source)):
+        with pytest.raises(UpcycleError, match=r"lora/adapter_model\.safetensors changed"):
+            check()
+    with pytest.raises(UpcycleError, match="exists and is not empty"):
+        convert(f"{base}+{adapter}", tmp_path / "moe", "E2G1T1")
+    edit_adapter_config(adapter, lora_alpha=9)
+    with pytest.raises(UpcycleError, match=r"lora/adapter_config\.json changed"):
+        replace(source.base_and_adapter[1], shards=()).check_unchanged()
 
 
 def test_write_into_no_adapter(base: Path, adapters: list[Path], tmp_path: Path) -> None:
