@@ -104,8 +104,9 @@ def _wrappers() -> Iterator[str]:
     yield from _header("text model (if it has another name): models", "targets (default first)")
     alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for wrapper, texts in families().wrappers.items():
-        for text, targets in texts.items():
-            shown = "" if text == f"{wrapper}_text" else f"{text}: "
+        for targets in dict.fromkeys(texts.values()):
+            held = [text for text, found in texts.items() if found == targets]
+            shown = "" if held == [f"{wrapper}_text"] else f"{', '.join(held)}: "
             alike.setdefault(targets, {}).setdefault(shown, []).append(wrapper)
     for targets, models in alike.items():
         named = (text + ", ".join(names) for text, names in sorted(models.items()))
@@ -136,6 +137,8 @@ def _software() -> Iterator[str]:
         runs = [_engine(target, engine) for engine in _ENGINES]
         trains = {name: _trainer(target, name) for name in (*usual, *others)}
         more = (f"{name} ({trains[name]})" for name in others if trains[name] != _UNTESTED)
+        if not any(trains[name] != _UNTESTED for name in usual):
+            continue  # inspect and docs/evidence/models.md have what is known of it
         each = dict.fromkeys(trains[name] for name in usual)
         loss = "yes" if target.has_balancing_loss else "no"
         outer, _, inner = target.title.rpartition(" around ")

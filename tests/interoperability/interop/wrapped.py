@@ -20,12 +20,13 @@ SIDE, PATCH = 32, 8
 MARKS = (
     *("<image>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"),
     *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+    *("<video>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     *("<|image>", "<|image|>", "<image|>", "<|video|>"),
     *("<|audio>", "<|audio|>", "<audio|>"),
 )
 """Tokens that stand for pictures, added to a tokenizer: each wrapper has some of them."""
-_NESTED = ("clip_vision_model", "siglip_vision_model")
+_NESTED = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 """Vision towers whose tensors have longer names in releases than transformers 5 gives them."""
 SPARE = 32  # rows of the embedding for these
 TOKENIZER, PICTURES = "tokenizer_config.json", "preprocessor_config.json"
@@ -144,8 +145,31 @@ def _files(
     }
 
 
+_SQUARE: Mapping[str, Any] = {"size": {"height": SIDE, "width": SIDE}}
+_CROP: Mapping[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": _SQUARE["size"]}
+_TILES: Mapping[str, Any] = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
+_SIGLIP: Mapping[str, Any] = {
+    **_SEES,
+    "model_type": "siglip_vision_model",
+    "vision_use_head": False,
+}
+_PIXTRAL: Mapping[str, Any] = {**_SEES, "model_type": "pixtral", "head_dim": 32}
+
+
+def _pixtral_files(spatial_merge_size: int) -> dict[str, dict[str, Any]]:
+    return _files(
+        "PixtralProcessor",
+        "PixtralImageProcessor",
+        {"patch_size": PATCH, "size": {"longest_edge": SIDE}},
+        patch_size=PATCH,
+        spatial_merge_size=spatial_merge_size,
+        image_token="[IMG]",
+        image_break_token="[IMG_BREAK]",
+        image_end_token="[IMG_END]",
+    )
+
+
 def _llava(text: str) -> Wrapped:
-    square = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     return Wrapped(
         text={**_TINY, "model_type": text},
         sees={**_SEES, "model_type": "clip_vision_model"},
@@ -154,7 +178,7 @@ def _llava(text: str) -> Wrapped:
         files=_files(
             "LlavaProcessor",
             "CLIPImageProcessor",
-            square,
+            _CROP,
             image_token="<image>",
             patch_size=PATCH,
             vision_feature_select_strategy="default",
@@ -166,19 +190,10 @@ def _llava(text: str) -> Wrapped:
 def _mistral3(text: str) -> Wrapped:
     return Wrapped(
         text={**_TINY, "model_type": text},
-        sees={**_SEES, "model_type": "pixtral", "head_dim": 32},
+        sees=_PIXTRAL,
         tokens={"image_token_index": "[IMG]"},
         asked="[IMG]",
-        files=_files(
-            "PixtralProcessor",
-            "PixtralImageProcessor",
-            {"patch_size": PATCH, "size": {"longest_edge": SIDE}},
-            patch_size=PATCH,
-            spatial_merge_size=2,
-            image_token="[IMG]",
-            image_break_token="[IMG_BREAK]",
-            image_end_token="[IMG_END]",
-        ),
+        files=_pixtral_files(2),
         around={"tie_word_embeddings": False, "spatial_merge_size": 2},
     )
 
@@ -192,7 +207,7 @@ WRAPPED: Mapping[str, Wrapped] = {
             "sliding_window": 32,
             "query_pre_attn_scalar": 32,
         },
-        sees={**_SEES, "model_type": "siglip_vision_model", "vision_use_head": False},
+        sees=_SIGLIP,
         tokens={
             "image_token_index": "<image_soft_token>",
             "boi_token_index": "<start_of_image>",
@@ -203,7 +218,7 @@ WRAPPED: Mapping[str, Wrapped] = {
             **_files(
                 "Gemma3Processor",
                 "Gemma3ImageProcessor",
-                {"size": {"height": SIDE, "width": SIDE}, "do_pan_and_scan": False},
+                {**_SQUARE, "do_pan_and_scan": False},
                 image_seq_length=4,
             ),
             TOKENIZER: {
@@ -216,10 +231,98 @@ WRAPPED: Mapping[str, Wrapped] = {
         },
         around={"mm_tokens_per_image": 4},
     ),
+    "lfm2_vl": Wrapped(
+        text={
+            **_TINY,
+            "model_type": "lfm2",
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
+        sees={
+            **{key: value for key, value in _SEES.items() if key != "image_size"},
+            "model_type": "siglip2_vision_model",
+            "num_patches": 16,
+            "vision_use_head": False,
+        },
+        tokens={"image_token_id": "<image>"},
+        asked="<image>",
+        files=_files(
+            "Lfm2VlProcessor",
+            "Lfm2VlImageProcessor",
+            {
+                "do_image_splitting": False,
+                "encoder_patch_size": PATCH,
+                "tile_size": SIDE,
+                "min_image_tokens": 4,
+                "max_image_tokens": 4,
+            },
+        ),
+        around={"projector_hidden_size": 64},
+    ),
     "llava (mistral)": _llava("mistral"),
     "llava (qwen2)": _llava("qwen2"),
     "llava (qwen3)": _llava("qwen3"),
+    "llava (pixtral)": Wrapped(
+        text={**_TINY, "model_type": "mistral"},
+        sees=_PIXTRAL,
+        tokens={"image_token_index": "[IMG]"},
+        asked="[IMG]",
+        files=_pixtral_files(1),
+        around={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    ),
+    "llava_next (mistral)": Wrapped(
+        text={**_TINY, "model_type": "mistral"},
+        sees={**_SEES, "model_type": "clip_vision_model"},
+        tokens={"image_token_index": "<image>"},
+        asked="<image>",
+        files=_files(
+            "LlavaNextProcessor",
+            "LlavaNextImageProcessor",
+            {**_CROP, **_TILES},
+            image_token="<image>",
+            patch_size=PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        ),
+        around=_TILES,
+    ),
+    "llava_onevision": Wrapped(
+        text={**_TINY, "model_type": "qwen2"},
+        sees=_SIGLIP,
+        tokens={"image_token_index": "<image>", "video_token_index": "<video>"},
+        asked="<image>",
+        files={
+            **_files(
+                "LlavaOnevisionProcessor",
+                "LlavaOnevisionImageProcessor",
+                {**_SQUARE, **_TILES},
+                image_token="<image>",
+                video_token="<video>",
+                num_image_tokens=(SIDE // PATCH) ** 2,
+                vision_feature_select_strategy="full",
+            ),
+            "video_preprocessor_config.json": {
+                **_NORMAL,
+                **_SQUARE,
+                "processor_class": "LlavaOnevisionProcessor",
+                "video_processor_type": "LlavaOnevisionVideoProcessor",
+            },
+        },
+        around=_TILES,
+    ),
     "mistral3 (mistral)": _mistral3("mistral"),
+    "paligemma": Wrapped(
+        text={**_TINY, "model_type": "gemma"},
+        sees={**_SIGLIP, "projection_dim": _TINY["hidden_size"]},
+        tokens={"image_token_index": "<image>"},
+        asked="<image>",
+        files=_files(
+            "PaliGemmaProcessor",
+            "SiglipImageProcessor",
+            {**_SQUARE, "image_seq_length": (SIDE // PATCH) ** 2},
+        ),
+        around={"hidden_size": _TINY["hidden_size"], "projection_dim": _TINY["hidden_size"]},
+    ),
     "qwen2_5_vl": Wrapped(
         text={**_TINY, "model_type": "qwen2_5_vl_text", "rope_parameters": _ROPE},
         sees={**_SEES_PATCHES, "window_size": 32, "fullatt_block_indexes": [0]},
