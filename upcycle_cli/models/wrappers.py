@@ -200,10 +200,7 @@ _ROWS: Sequence[Wrapper] = (
         ),
     ),
     Wrapper(
-        "qwen3_vl",
-        ("qwen3_vl_text",),
-        natives=("qwen3_vl_moe_text",),
-        native_type="qwen3_vl_moe",
+        "qwen3_vl", ("qwen3_vl_text",), natives=("qwen3_vl_moe_text",), native_type="qwen3_vl_moe"
     ),
     Wrapper("qwen3_5", ("qwen3_5_text",), natives=("qwen3_5_moe_text",), native_type="qwen3_5_moe"),
     Wrapper("gemma4", ("gemma4_text",), natives=("gemma4_text",)),

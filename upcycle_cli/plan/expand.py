@@ -91,9 +91,7 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         expert_layout=layout,
         dense_parameters=source.num_parameters,
         growing=Growing(
-            expand=growth.expand,
-            source_num_experts=experts.num_experts,
-            source_top_k=experts.top_k,
+            expand=growth.expand, source_num_experts=experts.num_experts, source_top_k=experts.top_k
         ),
     )
 

@@ -113,7 +113,7 @@ class Recipe(Compact):
         if not 0 <= self.shared_experts < self.granularity:
             raise UpcycleError(
                 f"`shared_experts` must be at least 0 and less than G = {self.granularity}, not "
-                f"{self.shared_experts}.",
+                f"{self.shared_experts}."
             )
         product = "E·(G − K)" if self.shared_experts else "E·G"
         made = f"{self.num_experts} experts per layer ({product})"

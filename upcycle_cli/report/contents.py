@@ -110,10 +110,7 @@ def _verdict(report: Report, dense: str) -> str:
 
 
 def _origin_section(
-    models: Mapping[str, str],
-    paths: Sequence[Path],
-    record: Mapping[str, Any],
-    command: str,
+    models: Mapping[str, str], paths: Sequence[Path], record: Mapping[str, Any], command: str
 ) -> Section:
     """Return the section on the origin of a page; `paths` are the directories of the models."""
     files = [path / name for path in paths for name in (CONFIG_NAME, RECORD_NAME)]

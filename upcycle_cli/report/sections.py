@@ -177,9 +177,7 @@ def texts_section(texts: Sequence[TextMeasure]) -> Section | None:
     )
 
 
-def _marked(
-    texts: Sequence[TextMeasure],
-) -> Iterator[tuple[str, bool, list[tuple[str, str, int]]]]:
+def _marked(texts: Sequence[TextMeasure]) -> Iterator[tuple[str, bool, list[tuple[str, str, int]]]]:
     left = _MAX_TOKENS
     for text in texts:
         held = min(left, len(text.tokens))

@@ -218,10 +218,7 @@ def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
 
 
 def _in_words(
-    prompt: Prompt,
-    metrics: Mapping[str, float],
-    found: Found,
-    expected: Expectation,
+    prompt: Prompt, metrics: Mapping[str, float], found: Found, expected: Expectation
 ) -> str:
     worst = max(found.layers, key=lambda layer: layer.added_rms)
     text = ""

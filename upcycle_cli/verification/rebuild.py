@@ -270,9 +270,7 @@ def expectation(plan: Plan) -> Expectation:
     from upcycle_cli.verification.outputs import Expectation
 
     expected = Expectation(
-        promise=plan.promise,
-        reason=plan.why_no_promise,
-        is_lossless=not plan.rounded_parts,
+        promise=plan.promise, reason=plan.why_no_promise, is_lossless=not plan.rounded_parts
     )
     if plan.growing is not None:
         size = plan.growing.expand

@@ -130,11 +130,7 @@ class Team:
 
 
 def write_together(
-    plan: Plan,
-    enter: Callable[[], Staging],
-    options: WriteOptions,
-    team: Team,
-    progress: Progress,
+    plan: Plan, enter: Callable[[], Staging], options: WriteOptions, team: Team, progress: Progress
 ) -> Written:
     """Write this rank's share of the shards; return what all ranks have written."""
     own = team.share_of(plan.shards, team.rank)

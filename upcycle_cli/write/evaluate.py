@@ -41,9 +41,7 @@ _SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}  # above zero
 
 
 def evaluate(
-    expr: ex.Expr,
-    read: Read,
-    vanished: Callable[[int], None] = lambda _: None,
+    expr: ex.Expr, read: Read, vanished: Callable[[int], None] = lambda _: None
 ) -> memoryview:
     """Return the bytes of an expression's value; `read` gives a dense tensor's bytes by name.
 
@@ -55,9 +53,7 @@ def evaluate(
 
 
 def evaluate_together(
-    exprs: Sequence[ex.Expr],
-    read: Read,
-    vanished: Callable[[int], None] = lambda _: None,
+    exprs: Sequence[ex.Expr], read: Read, vanished: Callable[[int], None] = lambda _: None
 ) -> Iterator[tuple[int, memoryview]]:
     """Yield pieces of each expression's bytes in order, with its index in `exprs`.
 

@@ -10,11 +10,7 @@ from upcycle_cli.core.text import printable, shell_line, size_text
 
 
 @options.declared
-def clean(
-    output: Path,
-    yes: bool = False,
-    json: bool = False,
-) -> None:
+def clean(output: Path, yes: bool = False, json: bool = False) -> None:
     """Show what an unfinished conversion left in OUTPUT.partial; remove it with --yes."""
     from upcycle_cli.write import staging
 

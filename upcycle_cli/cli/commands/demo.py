@@ -24,11 +24,7 @@ Try your own model (a directory, or ORG/NAME on the Hub):
 
 
 @options.declared
-def demo(
-    context: typer.Context,
-    directory: Path | None = None,
-    json: bool = False,
-) -> None:
+def demo(context: typer.Context, directory: Path | None = None, json: bool = False) -> None:
     """Make a small dense model, convert it to E8G1T2 and verify the result; needs no network."""
     folder = directory or Path(tempfile.mkdtemp(prefix="upcycle-demo-"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -7,12 +7,7 @@ from upcycle_cli.cli.terminal import print_json, rows_table, show, talk
 
 
 @options.declared
-def families(
-    name: str | None = None,
-    *,
-    targets: bool = False,
-    json: bool = False,
-) -> None:
+def families(name: str | None = None, *, targets: bool = False, json: bool = False) -> None:
     """List the supported model types, or what one of them can become.
 
     Example:
