@@ -63,11 +63,9 @@ def centroids(inputs_PH: Array, recipe: Recipe, stream: str, draw: Draw) -> Arra
     """Return centres of clusters of the inputs by k-means on the sphere, scaled like `balanced`."""
     positions, rows = len(inputs_PH), recipe.router_rows
     if positions < rows:
-        raise UpcycleError(
-            f"{rows} clusters of a layer's inputs need {rows} tokens, and the text has "
-            f"{positions}.",
-            "Give `calibration` more text, or use `router_init` balanced.",
-        )
+        words = f"{rows} clusters of a layer's inputs need {rows} tokens, and the text has"
+        hint = "Give `calibration` more text, or use `router_init` balanced."
+        raise UpcycleError(f"{words} {positions}.", hint)
     seen_PH = _without(inputs_PH - inputs_PH.mean(0), _common(inputs_PH, stream, draw))
     seen_PH /= np.maximum(np.linalg.norm(seen_PH, axis=1, keepdims=True), np.finfo(float).tiny)
     centres_EH = seen_PH[_random_places(positions, rows, f"{stream}.centres", draw)]
@@ -135,11 +133,8 @@ def _without(rows: Array, common_HC: Array) -> Array:
 def _scaled(rows_EH: Array, inputs_PH: Array, recipe: Recipe, stream: str) -> Array:
     std_E = (inputs_PH @ rows_EH.T).std(0)
     if not (np.isfinite(std_E).all() and (std_E > 0).all()):
-        raise UpcycleError(
-            f"the text gives every token the same input ({stream}), so no router can tell "
-            "them apart.",
-            "Give `calibration` another text.",
-        )
+        words = f"the text gives every token the same input ({stream}), so no router can tell"
+        raise UpcycleError(f"{words} them apart.", "Give `calibration` another text.")
     scaled: Array = rows_EH * ((recipe.router_logit_std or 1.0) / std_E[:, None])
     return scaled
 

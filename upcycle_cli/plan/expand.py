@@ -46,11 +46,8 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
     num_experts, exact = growth.expand * experts.num_experts, growth.expand * experts.top_k
     top_k = growth.top_k or exact
     if num_experts > MAX_EXPERTS:
-        raise UpcycleError(
-            f"`expand` {growth.expand} makes {num_experts} experts per layer of "
-            f"{experts.num_experts}.",
-            f"At most {MAX_EXPERTS} can be made.",
-        )
+        words = f"`expand` {growth.expand} makes {num_experts} experts per layer of"
+        raise UpcycleError(f"{words} {experts.num_experts}.", f"At most {MAX_EXPERTS} can be made.")
     if top_k > num_experts:
         raise UpcycleError(
             f"top-k {top_k} is more than the {num_experts} experts that `expand` {growth.expand} "

@@ -217,11 +217,8 @@ class Recipe(Compact):
             divisors = [d for d in range(1, intermediate_size + 1) if intermediate_size % d == 0]
             near = [d for d in divisors if d < self.granularity][-1:]
             near += [d for d in divisors if d > self.granularity][:1]
-            raise UpcycleError(
-                f"intermediate size {intermediate_size} is not divisible by granularity "
-                f"{self.granularity}.",
-                f"Try {any_of(near)}.",
-            )
+            words = f"intermediate size {intermediate_size} is not divisible by granularity"
+            raise UpcycleError(f"{words} {self.granularity}.", f"Try {any_of(near)}.")
         if self.reinit and not self.reinit_count(size):
             raise UpcycleError(
                 f"`reinit` {self.reinit:g} of the {size} neurons of an expert rounds to 0 neurons.",

@@ -135,11 +135,9 @@ def _growth(
         name = printable(str(source.get("name"))) if isinstance(source, dict) else "SOURCE"
         first = shell_line(["upcycle", "verify", str(dense.path), "SOURCE"])
         second = shell_line(["upcycle", "verify", "SOURCE", str(moe.path)])
-        raise UpcycleError(
-            f"{moe.path} was not made from a dense model: it grew from the MoE {name} (see its "
-            f"{RECORD_NAME}).",
-            f"Verify each step, where SOURCE is that MoE: {first} && {second}",
-        )
+        words = f"{moe.path} was not made from a dense model: it grew from the MoE {name} (see its"
+        hint = f"Verify each step, where SOURCE is that MoE: {first} && {second}"
+        raise UpcycleError(f"{words} {RECORD_NAME}).", hint)
     if others or given != Inputs(complete=False):
         words = "an MoE grows from one model and keeps its routers."
         raise UpcycleError(words, "Leave out `experts_from`, `router_init` and `calibration`.")
@@ -179,11 +177,9 @@ def _text(
         return text
     if given is None:
         return None
-    raise UpcycleError(
-        f"{given.name} is not the text of the calibration: {RECORD_NAME} has "
-        f"{shown(held.get('text'))} with another SHA-256.",
-        "Give the file that the conversion was calibrated on.",
-    )
+    words = f"{given.name} is not the text of the calibration: {RECORD_NAME} has"
+    hint = "Give the file that the conversion was calibrated on."
+    raise UpcycleError(f"{words} {shown(held.get('text'))} with another SHA-256.", hint)
 
 
 # Several models -----------------------------------------------------------------------------------
@@ -214,11 +210,9 @@ def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Ch
     for model in models:
         fits = next((each for each in left if _is_recorded(each, model)), None)
         if fits is None:
-            raise UpcycleError(
-                f"none of the given models is {shown(model['name'])}, which gave experts: their "
-                f"config or weights differ from {RECORD_NAME}.",
-                "Name each model with `experts_from`.",
-            )
+            words = f"none of the given models is {shown(model['name'])}, which gave experts: their"
+            hint = "Name each model with `experts_from`."
+            raise UpcycleError(f"{words} config or weights differ from {RECORD_NAME}.", hint)
         left.remove(fits)
         found.append(fits)
     if left:
