@@ -115,10 +115,10 @@ def convert(  # noqa: PLR0913 - the fields of a Request
 ) -> Conversion:
     """Convert a checkpoint into an MoE: `convert("dense", "moe", "E8G1T2", verify=True)`.
 
-    `source` is a directory, or a repo on the Hub at `revision` (a branch, tag or commit). `recipe`
-    is a `Recipe` or its name for a dense source, and a `Growth` for an MoE that gets more experts.
-    `target` is the model type of the output; "auto" takes the type that most software loads.
-    `options` sets dtype, layout and shard size of the output.
+    `source` is a directory, a repo on the Hub at `revision` (a branch or commit), or BASE+ADAPTER.
+    `recipe` is a `Recipe` or its name for a dense source, and a `Growth` for an MoE. `target` is
+    the model type of the output; "auto" takes the type that most software loads. `options` sets
+    dtype, layout and shard size of the output.
 
     `calibration` is a text file that the dense model reads first, or "builtin". `router_rows` is
     the file for the router_init "file", `neuron_orders` the file for the neuron_order "file", and

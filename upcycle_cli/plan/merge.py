@@ -90,7 +90,7 @@ def merged_card_metadata(sources: Sequence[Checkpoint]) -> CardMetadata:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
-    """Other models to make experts from: directories, or repos as REPO or REPO@REVISION.
+    """Other models to make experts from: directories, REPO@REVISION or BASE+ADAPTER.
 
     With `source_too` the first experts come from the source. Without it, all experts come from the
     named models, which may include the source. All other weights are the source's, or with

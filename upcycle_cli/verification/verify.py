@@ -84,14 +84,15 @@ def verify(  # noqa: PLR0913 - options, by name
     """Check an MoE against the dense model, or the smaller MoE, that it was made from.
 
     Each is a directory, or a repo on the Hub at a revision (a branch, tag or commit), which is
-    downloaded first. `experts_from` are the other models that gave experts: directories, REPO or
-    REPO@REVISION. `router_init` is the file of the router rows, `calibration` the text that they
-    were fitted to, unless it was the built-in one. `texts` chooses the text that both models run
-    on. `fail_fast` skips the checks after the first that fails. An MoE that does not promise
-    equality is measured; `allow_inexact` accepts that. `watch` receives the progress. `fitted` is
-    the calibration of a conversion that has just run; without it, rows are fitted again. `engines`
-    are names of inference engines that both models run in, too, by `engine_options`: each is a
-    check `engine:NAME`, and is skipped if the engine cannot run one of them.
+    downloaded first. `experts_from` are the other models that gave experts. Each can be
+    REPO@REVISION or BASE+ADAPTER, too. `router_init` is the file of the router rows, `calibration`
+    the text that they were fitted to, unless it was the built-in one. `texts` chooses the text that
+    both models run on. `fail_fast` skips the checks after the first that fails. An MoE that does
+    not promise equality is measured; `allow_inexact` accepts that. `watch` receives the progress.
+    `fitted` is the calibration of a conversion that has just run; without it, rows are fitted
+    again. `engines` are names of inference engines that both models run in, too, by
+    `engine_options`: each is a check `engine:NAME`, and is skipped if the engine cannot run one of
+    them.
 
     Raises UpcycleError when a check cannot run: for an unknown check, an unusable directory, dense
     model, file or text, or a broken transformers. Damage to the MoE is a finding, not an error.
