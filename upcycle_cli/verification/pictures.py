@@ -70,11 +70,8 @@ def picture_with_text(model: Model) -> dict[str, torch.Tensor]:
     words, picture = [usable[i] for i in drawn], [config.image_token_id] * count
     ids = torch.tensor([[*words[:_BEFORE], *picture, *words[_BEFORE:]]])
     kinds = known & {"token_type_ids", "mm_token_type_ids"}
-    return {
-        "input_ids": ids,
-        **inputs,
-        **dict.fromkeys(kinds, (ids == config.image_token_id).long()),
-    }
+    inputs |= dict.fromkeys(kinds, (ids == config.image_token_id).long())
+    return {"input_ids": ids, **inputs}
 
 
 def _vision(config: Any) -> Any:  # noqa: ANN401 - transformers is untyped
@@ -101,16 +98,14 @@ def _picture(known: Collection[str], config: Any) -> _Form:  # noqa: ANN401
         "image_merge_sizes": (flat, {**grids, "image_merge_sizes": torch.tensor([2])}),
         "image_grid_thw": (flat, grids),
     }
-    patches = next((form for name, form in forms.items() if name in known), None)
+    embedded: _Form | None = ((1, *flat), {}) if vision is config else None  # without a tower
+    patches = next((form for name, form in forms.items() if name in known), embedded)
     if patches is not None:
         return patches
-    if vision is config:  # it has no vision tower, and embeds patches
-        return (1, *flat), {}
     tokens = getattr(config, "vision_soft_tokens_per_image", 0)  # gemma3n's, from any picture
     stated = getattr(vision, "image_size", None) or getattr(vision, "resolution", None)
-    size = 32 * math.isqrt(tokens) or _side(
-        stated or (vision.model_args or {}).get("img_size", _ANY_SIZE)
-    )
+    stated = stated or (vision.model_args or {}).get("img_size", _ANY_SIZE)
+    size = 32 * math.isqrt(tokens) or _side(stated)
     shape: tuple[int, ...] = (1, _CHANNELS, size, size)
     others: dict[str, torch.Tensor] = {}
     if tiled := getattr(config, "image_grid_pinpoints", None):
