@@ -167,10 +167,11 @@ def test_a_trained_moe_is_no_mystery() -> None:
     assert "was trained after its conversion" in Page(html_of(Report(checks=(check,)))).text
 
 
-def test_tokens_of_one_character_are_one_word() -> None:
+def test_tokens_that_end_inside_a_character_are_shown() -> None:
     text = TextMeasure(tokens=["", "", "港", "x"], kl=[0.5, 1e-9, 0.0, 0.0])
     html = html_of(report_of(layer(0), texts=(text,)))
-    assert '<span class="k4" title="KL 0.5">港</span><span title="KL 0">x</span>' in html
+    assert '<span class="k4" title="KL 0.5">·</span><span title="KL 1e-09">·</span>' in html
+    assert '<span title="KL 0">港</span><span title="KL 0">x</span>' in html
 
 
 def test_an_unreadable_moe(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:

@@ -124,5 +124,5 @@ def _origin_section(
     if record:
         rows = [(key, value_text(dumps(value))) for key, value in record.items()]
         caption = f"The content of {RECORD_NAME}"
-        tables.append(Table(caption=caption, columns=("key", "value"), rows=rows, folded=caption))
+        tables.append(Table(caption=caption, columns=("key", "value"), rows=rows, folded=True))
     return Section(key="origin", title="Origin", tables=tables)

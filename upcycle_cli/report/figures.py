@@ -14,15 +14,12 @@ _STYLES = (("C0", "o", "-"), ("C1", "s", "--"), ("C2", "^", ":"))
 _SETTINGS: Mapping[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "upcycle",  # the same figure is the same text
-    "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.formatter.useoffset": False,
     "axes.axisbelow": True,
     "grid.color": "#cccccc",
     "legend.frameon": False,
-    "lines.markersize": 3.5,
-    "lines.linewidth": 1.2,
 }
 
 

@@ -31,21 +31,12 @@ _MAX_LENGTH = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows that begin with a header cell; `folded` is the title of a table that starts closed."""
+    """Rows that begin with a header cell; a `folded` table starts closed."""
 
     caption: str
     rows: Sequence[Sequence[str]]
     columns: Sequence[str] = ()
-    folded: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A plot as a data URI, its title, and what it shows in words."""
-
-    image: str
-    title: str
-    description: str
+    folded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +46,8 @@ class Section:
     key: str
     title: str
     words: Sequence[str] = ()
-    figures: Sequence[Figure] = ()
+    plot: str = ""
+    """A plot as a data URI."""
     tables: Sequence[Table] = ()
     checks: Sequence[CheckResult] = ()
     legend: Sequence[str] = ()

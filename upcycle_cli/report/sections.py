@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice, pairwise
@@ -13,7 +12,7 @@ from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.text import counted, printable
 from upcycle_cli.recipe.recipe import Recipe
 from upcycle_cli.report.figures import draw_heat_map, draw_lines
-from upcycle_cli.report.page import Figure, Section, Table, properties, spread
+from upcycle_cli.report.page import Section, Table, properties, spread
 
 if TYPE_CHECKING:
     from upcycle_cli.inspection.expert_load import LayerLoad
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _LEVELS = (1e-8, 1e-4, 1e-2, 1e-1)
 """The KL at which the mark of a token becomes stronger."""
 _MAX_TOKENS = 16_384
-_AS_NUMBERS = "The same as numbers"
 _MEASURES = {
     "added error, rms*": "added_rms",
     "added error, largest*": "added_max",
@@ -69,21 +67,18 @@ def _by_layer(
     values = {name.removesuffix("*"): column for name, column in columns.items()}
     ranges = {name: f"{name} {spread(column, numbers)}" for name, column in values.items()}
     plotted = {name: values[name] for name in values if f"{name}*" in columns}
-    figures = []
-    if any(" to " in ranges[name] for name in plotted):
-        found = "; ".join(ranges.pop(name) for name in plotted).capitalize()
-        image = draw_lines(numbers, plotted, unit=unit)
-        figures = [Figure(image=image, title=f"{title} by layer", description=f"{found}.")]
-    said = [words, *([f"{'; '.join(ranges.values()).capitalize()}."] if ranges else [])]
+    varies = any(" to " in ranges[name] for name in plotted)
+    plot = draw_lines(numbers, plotted, unit=unit) if varies else ""
+    said = [words, f"{'; '.join(ranges.values()).capitalize()}."]
     rows = zip(numbers, *values.values(), strict=True)
     table = Table(
         caption=f"{title} by layer",
         columns=("layer", *values),
         rows=[(str(layer), *(f"{v:.6g}" for v in row)) for layer, *row in rows],
-        folded=_AS_NUMBERS,
+        folded=True,
     )
     key = title.split(maxsplit=1)[0].lower()
-    return Section(key=key, title=title, words=said, figures=figures, tables=[table])
+    return Section(key=key, title=title, words=said, plot=plot, tables=[table])
 
 
 def errors_section(layers: Sequence[LayerMeasure]) -> Section | None:
@@ -139,18 +134,14 @@ def load_section(layers: Sequence[LayerMeasure | LayerLoad]) -> Section | None:
         f"{counted(len(layers), 'layer')} of {counted(experts, 'expert')}. The largest load is "
         f"{most:.3g} times an even one (layer {layer}, expert {expert})."
     )
-    figures = []
-    if most != 1.0:
-        image = draw_heat_map(numbers, rows)
-        figures = [Figure(image=image, title="Expert load", description=words)]
+    plot = draw_heat_map(numbers, rows) if most != 1.0 else ""
     table = Table(
         caption="Number of tokens that chose each expert",
         columns=("layer", *(str(expert) for expert in range(experts))),
         rows=[(str(layer.layer), *map(str, layer.load)) for layer in layers],
-        folded=_AS_NUMBERS,
+        folded=True,
     )
-    said = [] if figures else [words]
-    return Section(key="load", title="Expert load", words=said, figures=figures, tables=[table])
+    return Section(key="load", title="Expert load", words=[words], plot=plot, tables=[table])
 
 
 def texts_section(texts: Sequence[TextMeasure]) -> Section | None:
@@ -182,8 +173,9 @@ def _marked(texts: Sequence[TextMeasure]) -> Iterator[tuple[str, bool, list[tupl
     for text in texts:
         held = min(left, len(text.tokens))
         tokens = list[tuple[str, str, int]]()
-        for word, kl in _whole_characters(text, held):
-            shown = "↵\n".join(map(printable, word.split("\n")))
+        for word, kl in islice(zip(text.tokens, text.kl, strict=False), held):
+            # A token that ends inside a character is empty.
+            shown = "↵\n".join(map(printable, word.split("\n"))) or "·"
             level = len(_LEVELS) if kl is None else sum(kl >= least for least in _LEVELS)
             tokens.append((shown, "KL not finite" if kl is None else f"KL {kl:.3g}", level))
         left -= held
@@ -194,13 +186,3 @@ def _marked(texts: Sequence[TextMeasure]) -> Iterator[tuple[str, bool, list[tupl
             marked = sum(level > 0 for _, _, level in tokens)
             words = f"{counted(len(text.tokens), 'token')}{most}; {marked:,} marked{cut}"
             yield words, marked > 0, tokens
-
-
-def _whole_characters(text: TextMeasure, count: int) -> Iterator[tuple[str, float | None]]:
-    """Yield words and their KL; several tokens of one character become one word."""
-    kls: list[float | None] = []
-    for word, kl in islice(zip(text.tokens, text.kl, strict=False), count):
-        kls.append(kl)
-        if word:
-            yield word, max(kls, key=lambda each: math.inf if each is None else each)
-            kls = []
