@@ -41,9 +41,7 @@ def test_convert_a_repo_like_a_directory(
     commit = hub.store.upload(REPO, source)
     result = run(*CONVERT)
     out, local = tmp_path / "out", convert(llama, tmp_path / "local", RECIPE).output
-    assert f"upcycle verify {REPO} {out} --dense-revision {commit}" in " ".join(
-        result.stderr.split()
-    )
+    assert f"upcycle verify {REPO}@{commit} {out}" in " ".join(result.stderr.split())
     assert (out / WEIGHTS).read_bytes() == (local / WEIGHTS).read_bytes()
     record = read_json(out / RECORD_NAME)["source"]
     assert (record["name"], record["revision"]) == (REPO, commit)

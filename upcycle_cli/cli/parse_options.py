@@ -70,7 +70,6 @@ def places(context: typer.Context, source: Path | None, output: Path | None) -> 
 
 def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
     """Write a recipe file with every option and what `auto` chose; UpcycleError, OSError."""
-    from upcycle_cli.hub.remote_checkpoint import is_repo_id
     from upcycle_cli.recipe.recipe_file import save_config
     from upcycle_cli.write.staging import partial_of
 
@@ -92,10 +91,8 @@ def save_options(path: Path, context: typer.Context, plan: Plan) -> None:
         values = {name: values[name] for name in _given(context, *values)}
         values["top_k"] = plan.top_k
     values["expert_layout"] = str(plan.expert_layout)
-    if is_repo_id(given["source"]) and plan.source.revision is not None:
-        values["revision"] = plan.source.revision
-    if plan.source.adapter is not None:
-        values["source"] = plan.source.location  # with the revisions of both
+    if plan.source.repo is not None or plan.source.adapter is not None:
+        values["source"] = plan.source.location  # with the commits
         values.pop("revision", None)
     output = given["output"]
     paths = [part.path for part in plan.source.base_and_adapter]

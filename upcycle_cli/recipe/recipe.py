@@ -367,7 +367,7 @@ def to_recipe(value: Recipe | Growth | str) -> Recipe | Growth:
     return value if isinstance(value, Recipe | Growth) else Recipe(str(value))
 
 
-def parse_recipe_name(text: str) -> tuple[int, int, int]:
+def parse_recipe_name(text: str) -> tuple[int, ...]:
     """Parse the paper's notation: "E8G8T8" gives (8, 8, 8); UpcycleError for another form."""
     match = _RECIPE.fullmatch(str(text).strip())
     if match is None:
@@ -376,5 +376,4 @@ def parse_recipe_name(text: str) -> tuple[int, int, int]:
             "Write E (expansion), G (granularity) and T (top-k) with a number each, "
             "such as E8G1T2 or E8G8T8.",
         )
-    expansion, granularity, top_k = (int(group) for group in match.groups())
-    return expansion, granularity, top_k
+    return tuple(map(int, match.groups()))
