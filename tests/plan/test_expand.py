@@ -231,9 +231,10 @@ def test_grow_what_upcycle_made_and_name_the_two_steps(llama: Path, tmp_path: Pa
 
 
 def test_grow_an_fp8_moe(make_moe: MakeMoe, tmp_path: Path) -> None:
-    source = save_fp8(make_moe("qwen3_moe"), tmp_path / "fp8")
-    made = convert(source, tmp_path / "moe", Growth(expand=2)).output
-    report = verify(source, made, texts=FEW)
+    source = save_fp8(make_moe("qwen3_moe"), tmp_path / "fp8", "tensor", "vllm")
+    done = convert(source, tmp_path / "moe", Growth(expand=2))
+    assert len(done.plan.dropped) == len(done.plan.source.made)  # the scales of activations
+    report = verify(source, done.output, texts=FEW)
     assert (report.status, report.promise) == ("passed", "exact"), report
 
 

@@ -87,6 +87,7 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         shares=experts.shares,
         expert_layout=layout,
         dense_parameters=source.num_parameters,
+        dropped=source.left_out,
         growing=Growing(
             expand=growth.expand, source_num_experts=experts.num_experts, source_top_k=experts.top_k
         ),
