@@ -21,7 +21,10 @@ from upcycle_cli.hub.remote_checkpoint import open_source, split_adapter
 
 Tensors = dict[str, torch.Tensor]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TEXT_OF = {"llava": "llama", "gemma3": "gemma3_text"}
+TEXT_OF = {
+    "llava": "llama",
+    **{name: f"{name}_text" for name in ("gemma3", "paddleocr_vl", "qwen2_vl")},
+}
 PEFT: dict[str, dict[str, Any]] = {
     "all layers": {"target_modules": ALL},
     "of rank 1": {"target_modules": ALL, "r": 1},
@@ -80,7 +83,7 @@ def test_names_and_layouts_of_other_models(
     check_against_peft(base, adapter, torch.bfloat16)
 
 
-@pytest.mark.parametrize("wrapper", ["llava", "gemma3"])
+@pytest.mark.parametrize("wrapper", TEXT_OF)
 def test_an_adapter_of_a_model_inside_a_wrapper(tmp_path: Path, wrapper: str) -> None:
     """Adapters have names in memory; released checkpoints of some wrappers have others on disk."""
     base = save_wrapper(tmp_path / "base", wrapper, TEXT_OF[wrapper], {})

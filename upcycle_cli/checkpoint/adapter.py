@@ -41,9 +41,10 @@ _WITHOUT_EFFECT = (
     # peft itself looks how a layer stores its weights.
     *("fan_in_fan_out", "ensure_weight_tying", "runtime_config"),
 )
+_TEXT = "model.language_model."
 _SPELLINGS = (
     *(("", ""), ("model.", ""), ("transformer.", ""), ("lm_head.", "language_model.lm_head.")),
-    *(("model.language_model.", disk) for disk in ("language_model.model.", "language_model.")),
+    *((_TEXT, disk) for disk in ("language_model.model.", "language_model.", "model.")),
     *(("model.", disk) for disk in ("model.language_model.", "language_model.model.")),
 )
 """How names in memory, which adapters use, begin, and how they can begin on disk."""
