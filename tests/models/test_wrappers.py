@@ -156,6 +156,17 @@ def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> Non
         convert(moe, tmp_path / "again", wrapped.recipe(GEMMA4))
 
 
+def test_a_config_that_nothing_reads(make_wrapper: MakeWrapper, tmp_path: Path) -> None:
+    """Releases of SmolVLM and Idefics3 have it in the config of their text model."""
+    usual, unread = (
+        make_wrapper("smolvlm", "llama"),
+        {"perceiver_config": {"model_type": "vllama3"}},
+    )
+    text = read_json(usual / "config.json")["text_config"] | unread
+    dense = clone(usual, tmp_path / "dense", text_config=text)
+    assert wrapped.failures(dense, convert(dense, tmp_path / "moe", SOME).output) == []
+
+
 def test_llava_around_a_tower_for_pictures_of_several_sizes(tmp_path: Path) -> None:
     """Pixtral 12B is this."""
     around = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
