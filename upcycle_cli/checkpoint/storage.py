@@ -33,15 +33,16 @@ MERGE_WITH_PEFT = (
     "(save_pretrained(DIRECTORY)) and give that directory."
 )
 
-LICENCES = ("*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*")
-FREE_TEXTS = (
-    *(*LICENCES, "chat_template*", "additional_chat_templates/*.jinja", "vocab.txt"),
+UNREAD = (
+    *("*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*"),
     "*SYSTEM_PROMPT.txt",  # of Mistral's models
 )
+"""Companions for people: no engine reads them."""
+FREE_TEXTS = (*UNREAD, "chat_template*", "additional_chat_templates/*.jinja", "vocab.txt")
 """Companions that could be anything, so that a link must not lead them out of the directory."""
 COMPANIONS = (
     *(GENERATION_NAME, "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model"),
-    "tekken.json",  # mistral-common's, which vLLM prefers for Mistral's models
+    "tekken.json",  # mistral-common's: vllm serve --tokenizer-mode mistral
     *("vocab.json", "merges.txt", "emoji.json", "added_tokens.json", "special_tokens_map.json"),
     *("*preprocessor_config.json", "processor_config.json"),  # for images and videos
     *FREE_TEXTS,

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
-from upcycle_cli.checkpoint.storage import CONFIG_NAME, GENERATION_NAME, LICENCES, read_json
+from upcycle_cli.checkpoint.storage import CONFIG_NAME, GENERATION_NAME, UNREAD, read_json
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
 from upcycle_cli.core.safe_files import matches
 from upcycle_cli.models.lookup import family_of
@@ -182,7 +182,7 @@ def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
 
 def tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of the files that hold a checkpoint's tokenizer, if any."""
-    others, files = (GENERATION_NAME, *LICENCES), checkpoint.companions
+    others, files = (GENERATION_NAME, *UNREAD), checkpoint.companions
     return tuple(file.name for file in files if not matches(file.name, others))
 
 

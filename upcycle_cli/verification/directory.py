@@ -23,9 +23,9 @@ from upcycle_cli.checkpoint.storage import (
     CONFIG_NAME,
     GENERATION_NAME,
     INDEX_NAME,
-    LICENCES,
     RECORD_NAME,
     REPORT_NAME,
+    UNREAD,
     WEIGHTS_NAME,
     is_weight_file,
     json_object,
@@ -230,11 +230,11 @@ def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
 def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterator[str]:
     """Compare the code, and the files that are copied from the dense model."""
     names = {file.name for model in (plan.source, moe) for file in model.companions}
-    licences = {name for name in names if matches(name, LICENCES)}
+    unread = {name for name in names if matches(name, UNREAD)}
     generation = names & {GENERATION_NAME}
     processors = {name for name in names if matches(name, _PROCESSORS)}
     yield from _differing(plan, moe, processors)
-    for some in (generation, names - licences - generation - processors):
+    for some in (generation, names - unread - generation - processors):
         found = [*_differing(plan, moe, some)]
         if found and _equals_saved(plan, moe, some):
             saved = ", ".join(sorted(some))
@@ -242,8 +242,7 @@ def _companion_failures(plan: Plan, moe: Checkpoint, notes: list[str]) -> Iterat
         else:
             yield from found
     yield from _differing(plan, moe, [] if plan.code is None else [CODE_NAME])
-    # No engine reads a licence, so a changed one is only noted.
-    notes += [f"{each}." for each in _differing(plan, moe, licences)]
+    notes += [f"{each}." for each in _differing(plan, moe, unread)]
 
 
 def _differing(plan: Plan, moe: Checkpoint, names: Collection[str]) -> Iterator[str]:
