@@ -52,6 +52,7 @@ GATE_UP = ("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj", POST, 0.0)
 GRANITE = ("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear")
 DENSE: Mapping[str, tuple[str, str, str, str, float]] = {
     "cohere2": (*LLAMA[:3], "input_layernorm", 0.0),
+    "exaone": ("mlp.c_fc_0", "mlp.c_fc_1", "mlp.c_proj", "ln_2", 0.0),
     "gemma4_text": (*LLAMA[:3], "pre_feedforward_layernorm", 0.0),
     "gpt2": ("", "mlp.c_fc", "mlp.c_proj", "ln_2", 0.0),
     "granitemoehybrid": (*GRANITE, POST, 0.0),
@@ -62,7 +63,17 @@ DENSE: Mapping[str, tuple[str, str, str, str, float]] = {
     **dict.fromkeys(("glm", "phi3"), GATE_UP),
     "qwen3_5_text": (*LLAMA[:4], 1.0),
 }
-LAYER = {"nemotron_h": "backbone.layers.", "gpt2": "transformer.h."}
+LAYER = {"nemotron_h": "backbone.layers.", **dict.fromkeys(("exaone", "gpt2"), "transformer.h.")}
+# exaone's names, with llama's.
+RENAMED = {
+    "transformer.h.": "model.layers.",
+    "transformer.wte.": "model.embed_tokens.",
+    "transformer.ln_f.": "model.norm.",
+    "attn.attention.": "self_attn.",
+    "out_proj.": "o_proj.",
+    "ln_1.": "input_layernorm.",
+    "ln_2.": "post_attention_layernorm.",
+}
 # By target, and layout where it matters: the module, the router and the shared expert.
 MODULE = {"lfm2_moe": "feed_forward.", "nemotron_h": "mixer.", "gemma4_text": ""}
 MODULE |= dict.fromkeys(("mixtral per-expert", "granite"), "block_sparse_moe.")
@@ -147,6 +158,8 @@ def expected(dense: Tensors, config: Mapping[str, Any], w: Wanted) -> Tensors:
         rows = torch.from_numpy(drawn * (w.std / length)).to(mlp["up"].dtype)
         out[places(w, mlp)[0][0]] = rows.repeat_interleave(w.G - w.K, dim=0)
         made |= {base + name: tensor for name, tensor in out.items()}
+    for old, new in RENAMED.items() if config["model_type"] == "exaone" else ():
+        made = {name.replace(old, new): tensor for name, tensor in made.items()}
     return made
 
 
