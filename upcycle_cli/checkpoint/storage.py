@@ -237,7 +237,8 @@ def weight_map(storage: Storage) -> dict[str, str]:
 def find_others(storage: Storage) -> UpcycleError | None:
     """Return the error for a directory with an adapter, pickles or GGUF; None for others."""
     if storage.has(ADAPTER_NAME):
-        return adapter(str(storage.path))
+        hint = f"Give it with its base model: BASE+{storage.path}"
+        return UpcycleError(f"{storage.path} is an adapter, not a whole model.", hint)
     name = next(iter(storage.matching(("*.bin", "*.pt", "*.pth", "*.gguf"))), None)
     if name is None:
         return None
@@ -249,12 +250,6 @@ def find_others(storage: Storage) -> UpcycleError | None:
         'If you trust it, write safetensors and give NEW: python -c "from transformers import '
         f"AutoModelForCausalLM as M; M.from_pretrained('MODEL'{option}).save_pretrained('NEW')\"",
     )
-
-
-def adapter(place: str) -> UpcycleError:
-    """Return the error for an adapter in place of a model."""
-    hint = f"Give it with its base model: BASE+{place}"
-    return UpcycleError(f"{place} is an adapter, not a whole model.", hint)
 
 
 def refuse_missing(path: Path | str, hint: str | None = None) -> None:

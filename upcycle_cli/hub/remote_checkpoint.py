@@ -26,7 +26,7 @@ from upcycle_cli.checkpoint.storage import (
     RECORD_NAME,
     FileStamp,
     Storage,
-    adapter,
+    find_others,
 )
 from upcycle_cli.core import safe_files as files
 from upcycle_cli.core.errors import UpcycleError
@@ -63,14 +63,9 @@ def split_adapter(source: Path | str) -> tuple[str, str | None]:
     """Split BASE+ADAPTER; a directory whose name has a +, or a model alone, has no adapter."""
     text = str(source)
     signs = () if os.path.exists(text) else re.finditer(r"\+(?=.)", text)  # noqa: PTH110
-    cuts = [sign.start() for sign in signs if _is_place(text[: sign.start()])]
-    # A + can be a part of a name: prefer two places that can be.
-    cut = next((cut for cut in cuts if _is_place(text[cut + 1 :])), min(cuts, default=None))
-    return (text, None) if cut is None else (text[:cut], text[cut + 1 :])
-
-
-def _is_place(text: str) -> bool:
-    return os.path.isdir(text) or is_repo_id(split_revision(text)[0])  # noqa: PTH112
+    bases = [text[: sign.start()] for sign in signs]
+    able = [n for n in bases if os.path.isdir(n) or is_repo_id(split_revision(n)[0])]  # noqa: PTH112
+    return (able[-1], text[len(able[-1]) + 1 :]) if able else (text, None)
 
 
 def locate_model(
@@ -94,15 +89,11 @@ def locate_source(source: Path | str, revision: str | None = None) -> Storage:
     return replace(locate_model(base, revision), adapter=place)
 
 
-def open_located(storage: Storage) -> Checkpoint:
-    """Open what `locate_source` found, without downloading weights; raises UpcycleError."""
-    base = open_checkpoint(storage.path) if storage.is_local else open_storage(storage)
-    return base if storage.adapter is None else with_adapter(base, open_adapter(storage.adapter))
-
-
-def open_source(source: Path | str, revision: str | None = None) -> Checkpoint:
-    """Open a directory or a repo (REPO or REPO@REVISION), or BASE+ADAPTER; raises UpcycleError."""
-    return open_located(locate_source(source, revision))
+def open_source(source: Path | str | Storage, revision: str | None = None) -> Checkpoint:
+    """Open a model, or BASE+ADAPTER, without downloading weights; raises UpcycleError."""
+    place = source if isinstance(source, Storage) else locate_source(source, revision)
+    base = open_checkpoint(place.path) if place.is_local else open_storage(place)
+    return base if place.adapter is None else with_adapter(base, open_adapter(place.adapter))
 
 
 def download_model(storage: Storage) -> Path:
@@ -233,10 +224,9 @@ def _find_repo(repo: str, revision: str | None, config_name: str) -> RepoStorage
         info = client.retry(ask)
         sizes, commit = client.file_sizes(info), client.checked_commit(info.sha)
         if config_name not in sizes:
-            if ADAPTER_NAME in sizes:
-                raise adapter(repo)
             hint = "Give the repo of a Hugging Face model, or BASE+ADAPTER with a LoRA adapter."
-            raise UpcycleError(f"{repo} has no {config_name}.", hint)
+            others = find_others(RepoStorage(Path(repo), repo, commit, sizes))
+            raise others or UpcycleError(f"{repo} has no {config_name}.", hint)
         with client.download_limit(sizes[config_name]):
             # By the revision first: the cache then knows which commit it is, for offline use.
             path = client.retry(lambda: client.fetch(repo, config_name, revision))

@@ -312,7 +312,7 @@ def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -
 
 def _open_source(place: Storage) -> Checkpoint:
     """Download and open a model that experts were made of; raises UpcycleError."""
-    source = hub.open_located(place).download()
+    source = hub.open_source(place).download()
     obsolete = not is_target(source.config) and dense_family(source.config).has_obsolete_code
     refuse_unsafe_settings(source, ignore_code=obsolete, parts=nested_configs(source.config))
     return source
