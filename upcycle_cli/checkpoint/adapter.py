@@ -44,7 +44,7 @@ _WITHOUT_EFFECT = (
 _TEXT = "model.language_model."
 _SPELLINGS = (
     *(("", ""), ("model.", ""), ("transformer.", ""), ("lm_head.", "language_model.lm_head.")),
-    *((_TEXT, disk) for disk in ("language_model.model.", "language_model.", "model.")),
+    *((_TEXT, disk) for disk in ("language_model.model.", "language_model.", "model.", "")),
     *(("model.", disk) for disk in ("model.language_model.", "language_model.model.")),
 )
 """How names in memory, which adapters use, begin, and how they can begin on disk."""
