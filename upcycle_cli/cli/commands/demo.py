@@ -76,6 +76,7 @@ def _make_dense(path: Path) -> None:
             intermediate_size=1024,
             num_hidden_layers=4,
             num_attention_heads=8,
+            num_key_value_heads=4,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
