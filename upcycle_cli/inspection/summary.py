@@ -23,6 +23,7 @@ from upcycle_cli.models.engines import Engine, Trainer, engines, support_lines, 
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
 from upcycle_cli.models.moe_experts import find_experts
+from upcycle_cli.plan.texts import CalibrationText, calibration_text
 from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Recipe, to_recipe
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.inputs import Inputs
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
-    from upcycle_cli.plan.texts import CalibrationText
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -109,17 +109,12 @@ def inspect(
     """
     if dense and not weights and load is None:
         raise UpcycleError("`dense` needs `weights` or `load`.")
-    text = None
-    if load is not None:
-        from upcycle_cli.plan.texts import calibration_text
-
-        text = calibration_text(load, "the text")
+    text = None if load is None else calibration_text(load, "the text")
     recipe = None if recipe is None else to_recipe(recipe)
     checkpoint = open_source(path, revision)
     if weights or text is not None:
         checkpoint = checkpoint.download()
-    grows = recipe is not None and not isinstance(recipe, Recipe)
-    if grows or is_target(checkpoint.config):
+    if isinstance(recipe, Growth) or is_target(checkpoint.config):
         plan = None
         if isinstance(recipe, Recipe):
             dense_family(checkpoint.config)  # raises: an MoE cannot be upcycled
