@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from upcycle_cli.cli import terminal
+from upcycle_cli.cli.render_json import tensors_json
 from upcycle_cli.core.text import counted, parameter_text, printable, shell_line, size_text
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ def show_push(push: Push) -> None:
 
 def tensor_lines(inspection: Inspection) -> Iterator[str]:
     """Yield a line for every tensor."""
-    from upcycle_cli.cli.render_json import tensors_json
-
     last = "file" if inspection.plan is None else "made_from"
     for tensor in tensors_json(inspection):
         shape = "×".join(map(str, tensor["shape"]))

@@ -125,8 +125,7 @@ def _http_error(repo: str, revision: str | None, error: HfHubHTTPError) -> Upcyc
     from huggingface_hub import errors, get_token
 
     signed_in, status = get_token() is not None, error.response.status_code
-    message = _one_line(error.server_message or "")
-    because = f": {message}" if message else ""
+    because = f": {error_text(error.server_message)}" if error.server_message else ""
     if isinstance(error, errors.GatedRepoError):
         why = "your account has no access" if signed_in else "you are not signed in"
         hint = f"Ask for access at {endpoint()}/{repo}, then run the command again."
@@ -152,15 +151,12 @@ def _unreachable(error: BaseException) -> UpcycleError:
     )
 
 
-def error_text(error: BaseException) -> str:
-    """Return the message of a library's error in one line, without secrets."""
-    return _one_line(str(error)) or type(error).__name__
-
-
-def _one_line(text: str) -> str:
+def error_text(error: BaseException | str) -> str:
+    """Return an error of a library or of the Hub in one line, without secrets."""
     from huggingface_hub import constants, get_token
 
-    text = re.sub(r"(Bearer\s+)[^'\"]+", r"\1hf_…", text[:_MAX_TEXT])
+    text = str(error)[:_MAX_TEXT] or type(error).__name__
+    text = re.sub(r"(Bearer\s+)[^'\"]+", r"\1hf_…", text)
     text = text.replace(constants.ENDPOINT, endpoint())
     if token := get_token():
         # Some messages quote it with Python's escapes.

@@ -80,22 +80,19 @@ class Push(Result):
 
     def tables(self) -> Iterator[Iterable[Row]]:
         """Yield a table of what was uploaded, removed and left out."""
-        rows: list[Row] = [("repo", [self.url]), ("commit", [self.commit])]
-        if self.pull_request is not None:
-            rows.append(("pull request", [self.pull_request]))
         what = f"{counted(self.files, 'file')}, {size_text(self.nbytes)}"
-        rows.append(("uploaded", [what if self.changed else f"nothing: all {what} were there"]))
-        if self.card_kept:
-            words = "README.md was edited there and is kept (`replace_card=True` replaces it)"
-            rows.append(("card", [words]))
-        for label, names in (
-            ("replaced there", self.replaced),
-            ("removed there", self.removed),
-            ("left out", self.left_out),
-        ):
-            if names:
-                rows.append((label, [", ".join(names)]))
-        yield rows
+        kept = "README.md was edited there and is kept (`replace_card=True` replaces it)"
+        rows = {
+            "repo": self.url,
+            "commit": self.commit,
+            "pull request": self.pull_request,
+            "uploaded": what if self.changed else f"nothing: all {what} were there",
+            "card": kept if self.card_kept else "",
+            "replaced there": ", ".join(self.replaced),
+            "removed there": ", ".join(self.removed),
+            "left out": ", ".join(self.left_out),
+        }
+        yield [(label, [text]) for label, text in rows.items() if text]
 
 
 def check_destination(destination: Destination) -> None:

@@ -16,7 +16,7 @@ from upcycle_cli.core.safe_files import locate, sha256_of
 from upcycle_cli.core.text import counted
 from upcycle_cli.inspection.summary import Inspection, inspect, inspection_rows
 from upcycle_cli.report import sections
-from upcycle_cli.report.page import Section, Table, properties, render, value_text
+from upcycle_cli.report.page import Section, Table, properties, render
 from upcycle_cli.verification.result import CHECK_NAMES, TRAINED, Report, Status
 
 _VERDICTS = {
@@ -122,7 +122,6 @@ def _origin_section(
         properties(digests, "SHA-256 of files"),
     ]
     if record:
-        rows = [(key, value_text(dumps(value))) for key, value in record.items()]
-        caption = f"The content of {RECORD_NAME}"
-        tables.append(Table(caption=caption, columns=("key", "value"), rows=rows, folded=True))
+        content = {key: dumps(value) for key, value in record.items()}
+        tables.append(properties(content, f"The content of {RECORD_NAME}"))
     return Section(key="origin", title="Origin", tables=tables)
