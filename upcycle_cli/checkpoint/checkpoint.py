@@ -244,7 +244,8 @@ def open_reader(checkpoints: Sequence[Checkpoint]) -> Iterator[Reader]:
     try:
         yield reader
     finally:
-        reader.close()
+        # Python unmaps a file once no tensor aliases it; closing it by force would crash them.
+        reader.maps.clear()
 
 
 def tensor_of(model: int, name: str) -> str:
@@ -285,20 +286,18 @@ class Reader(MappedFiles):
         whole = memoryview(self.map(checkpoint.storage, stamp))
         return whole[entry.offset : entry.offset + entry.nbytes]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor of the model, which aliases the mapped file if it is not computed."""
-        number, own = self._model(name)
-        if own in self._checkpoints[number].made:
-            return self.computed(name)
-        entry, data = self._find(name)[1], self.mapped(name)
-        # torch needs alignment, which the format does not guarantee.
-        is_aligned = entry.offset % ITEM_BYTES[entry.dtype] == 0
-        return _as_torch(data if is_aligned else bytearray(data), entry.dtype, entry.shape)
+    def tensor(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Return a tensor of the model; it aliases the mapped file if it is not computed.
 
-    def computed(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Compute the entries [begin, end) of a tensor along its first dimension."""
+        Of a computed one, only the entries [begin, end) of the first dimension are computed.
+        """
         number, own = self._model(name)
-        made = self._checkpoints[number].made[own]
+        made = self._checkpoints[number].made.get(own)
+        if made is None:
+            entry, data = self._find(name)[1], self.mapped(name)
+            # torch needs alignment, which the format does not guarantee.
+            is_aligned = entry.offset % ITEM_BYTES[entry.dtype] == 0
+            return _as_torch(data if is_aligned else bytearray(data), entry.dtype, entry.shape)
         count, *rest = made.shape
         end, height = count if end is None else end, math.prod(rest[:-1])
         rows = slice(begin * height, end * height)

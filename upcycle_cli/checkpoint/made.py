@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from upcycle_cli.checkpoint.header import LARGEST, NUMPY_DTYPES, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
@@ -81,7 +82,6 @@ class LowRank:
 
 
 Made: TypeAlias = Dequantize | LowRank
-_Tensor = TypeVar("_Tensor", bound="Source | Made")
 
 
 def inputs(made: Source | Made) -> dict[str, Source | Made]:
@@ -98,10 +98,12 @@ def stored_parts(tensor: Source | Made) -> Iterator[Source]:
         yield from stored_parts(each)
 
 
-def renamed(tensor: _Tensor, rename: Callable[[str], str]) -> _Tensor:
+def renamed(tensor: Source | Made, rename: Callable[[str], str]) -> Source | Made:
     """Return a tensor whose stored tensors have other names."""
+    if isinstance(tensor, Source):
+        return replace(tensor, name=rename(tensor.name))
     changes: dict[str, Any] = {key: renamed(it, rename) for key, it in inputs(tensor).items()}
-    return replace(tensor, **(changes or {"name": rename(tensor.name)}))  # type: ignore[union-attr]
+    return replace(tensor, **changes)
 
 
 def part(
@@ -143,12 +145,10 @@ def _float32(tensor: Source | Made, read: Read, rows: Index, columns: Index) -> 
             place = number * -(-height // block_rows) + row // block_rows
             scales = _widened(_matrix(scale, read), scale.dtype)
             column = np.arange(width)[columns] // block_columns
-            if scales.shape[1] == 1:
-                wide *= scales[place]
-                return wide
-            begins = np.flatnonzero(np.diff(place, prepend=-1))
-            for begin, end in zip(begins, [*begins[1:], len(place)], strict=True):
-                wide[begin:end] *= scales[place[begin], column]
+            for block, run in groupby(range(len(place)), place.__getitem__):
+                first, *others = run
+                factors = scales[block] if scales.shape[1] == 1 else scales[block, column]
+                wide[first : first + 1 + len(others)] *= factors
             return wide
         case LowRank(of, a, b, factor, turned):
             places = (columns, rows) if turned else (rows, columns)

@@ -22,24 +22,19 @@ DiskRanges = tuple[int | tuple[int, int], ...]
 class MappedFiles:
     """Maps files on first use."""
 
-    _maps: dict[Path, mmap.mmap] = field(default_factory=dict)
+    maps: dict[Path, mmap.mmap] = field(default_factory=dict)
     _extents: dict[Path, tuple[int, int, list[tuple[int, int, int]]]] = field(default_factory=dict)
 
     def map(self, storage: Storage, stamp: FileStamp) -> mmap.mmap:
         """Return the map of a file; UpcycleError if it changed since it got the stamp."""
         path = storage.path / stamp.name
-        if path not in self._maps:
+        if path not in self.maps:
             with safe_files.open_regular(storage.locate(stamp.name)) as file:
                 if not stamp.fits(os.fstat(file.fileno())):
                     raise file_changed(path)
                 # A private mapping: torch needs a writable buffer, and the file must not change.
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[path]
-
-    def close(self) -> None:
-        """Forget the maps."""
-        # Python unmaps a file once no tensor aliases it; closing it by force would crash them.
-        self._maps.clear()
+                self.maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self.maps[path]
 
     def on_disk(self, data: memoryview) -> DiskRanges:
         """Return where mapped bytes lie on the disk; empty unless all are in shared extents.
@@ -47,7 +42,7 @@ class MappedFiles:
         Bytes at the same place are equal, and need not be read to be compared.
         """
         address = _address(data)
-        for path, mapped in [*self._maps.items()]:  # other threads add maps
+        for path, mapped in [*self.maps.items()]:  # other threads add maps
             if path not in self._extents:
                 self._extents[path] = _address(mapped), path.stat().st_dev, shared_extents(path)
             base, device, extents = self._extents[path]
@@ -58,7 +53,7 @@ class MappedFiles:
 
     def release(self) -> None:
         """Free the pages that were read so far; a later access reads them again."""
-        for mapped in [*self._maps.values()]:
+        for mapped in [*self.maps.values()]:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 

@@ -57,7 +57,7 @@ def unread(checkpoint: Checkpoint, reader: Reader, name: str) -> torch.Tensor | 
         return reader.tensor(name)
     made = checkpoint.made[name]
     dtype = getattr(torch, TORCH_DTYPES[made.dtype])
-    return Computed(partial(reader.computed, name), torch.Size(made.shape), dtype)
+    return Computed(partial(reader.tensor, name), torch.Size(made.shape), dtype)
 
 
 @dataclass(frozen=True, eq=False)
