@@ -81,7 +81,7 @@ def test_convert_a_model_with_its_adapter(
     assert record["adapter"]["files"][0]["name"] == "adapter_model.safetensors"
     card = (tmp_path / "moe" / "README.md").read_text()
     assert "`base` with the adapter `code`" in card
-    assert "| adapter | code, LoRA of rank 4 in 20 tensors |" in card
+    assert "| adapter | code, LoRA of rank 4, 20 tensors |" in card
     again = convert(source, tmp_path / "moe", recipe, options=options)
     assert again.already_done
     with pytest.raises(UpcycleError, match=r"base\+code, not from .*one of them has an adapter"):
@@ -163,7 +163,7 @@ def test_repos_with_revisions(
     hub.store.upload("acme/code", files)  # main is unusable now
     source = f"acme/base+acme/code@{commits[1]}"
     inspected = " ".join(run("inspect", source).stdout.split())
-    assert "acme/code, LoRA of rank 4 in 20 tensors" in inspected
+    assert "acme/code, LoRA of rank 4, 20 tensors" in inspected
     said = " ".join(
         run("convert", source, "out", "-r", "E2G1T1", "--save-config", "c.toml").stderr.split()
     )

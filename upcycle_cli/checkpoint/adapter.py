@@ -21,7 +21,6 @@ from upcycle_cli.checkpoint.header import LARGEST, TORCH_DTYPES, read_shard_head
 from upcycle_cli.checkpoint.made import Dequantize, LowRank, Made, Source
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
-from upcycle_cli.core.text import counted
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
@@ -58,8 +57,7 @@ _AGAIN = "Download or save the adapter again."
 def open_adapter(storage: files.Storage) -> Checkpoint:
     """Open an adapter, local or remote; UpcycleError if it is damaged or more than plain LoRA."""
     path = storage.path
-    if storage.is_local:
-        files.refuse_missing(path)
+    files.refuse_missing(path)
     for name in (files.ADAPTER_NAME, files.ADAPTER_WEIGHTS_NAME):
         if not storage.has(name):
             hint = "After the + stands a LoRA adapter, as peft's save_pretrained writes it."
@@ -121,8 +119,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 def adapter_text(adapter: Checkpoint) -> str:
     """Describe an adapter."""
-    rank = adapter.config.get("r")
-    return f"{adapter.name}, LoRA of rank {rank} in {counted(len(adapter.tensors), 'tensor')}"
+    return f"{adapter.name}, LoRA of rank {adapter.config.get('r')}, {len(adapter.tensors)} tensors"
 
 
 def _held(base: Checkpoint, name: str, path: Path) -> Source:
@@ -131,11 +128,8 @@ def _held(base: Checkpoint, name: str, path: Path) -> Source:
         entry = base.tensors.get(disk + name.removeprefix(memory))
         if entry is not None and name.startswith(memory):
             return Source(entry.name, entry.dtype, entry.shape)
-    raise UpcycleError(
-        f"{path} changes {name}, which {base.path} does not have.",
-        "Give the base model of this adapter. A head that is tied to the embedding cannot have a "
-        "change of its own.",
-    )
+    hint = "Give the base model of this adapter. A head that is tied cannot be changed alone."
+    raise UpcycleError(f"{path} changes {name}, which {base.path} does not have.", hint)
 
 
 def _factor(
