@@ -65,6 +65,7 @@ CONFIGS: tuple[Config, ...] = (
     *each("sliding_window", "8", -1, of="qwen3", use_sliding_window=True),
     *each("sliding_window", "8", [8], of="gemma3_text"),
     *each("layer_rope_theta", 7, "x", of="granite_swa"),
+    *each("full_attn_idxs", 7, "x", of="lfm2"),
     *each("per_layer_config", 7, [1], {"0": 7}, of="gemma4_text"),
     *each("max_window_layers", None, of="qwen3", layer_types=REMOVED, **WINDOW),
 )  # fmt: skip

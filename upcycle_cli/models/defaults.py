@@ -96,6 +96,7 @@ _COUNT: _Rule = (_is_count, "a positive integer")
 _OPTIONAL: _Rule = (lambda value: value is None or _is_count(value), "a positive integer")
 _NUMBER: _Rule = (_is_number, "a finite number and at least 0")
 _FLAG: _Rule = (lambda value: type(value) is bool, "true or false")
+_LIST: _Rule = (lambda value: not value or isinstance(value, list), "a list or null")
 _OBJECT: _Rule = (lambda value: not value or isinstance(value, dict), "an object or null")
 _TOKEN: _Rule = (_is_token, "a token id or null")
 _ACTIVATION: _Rule = (
@@ -116,7 +117,7 @@ _CHECKED: Mapping[str, _Rule] = {
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"), _TOKEN),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
-    "layer_rope_theta": (lambda value: not value or isinstance(value, list), "a list or null"),
+    **dict.fromkeys(("layer_rope_theta", "full_attn_idxs"), _LIST),
 }
 """Keys that every forward pass reads, if a model type has them."""
 _CHECKED_IF_READ: Mapping[str, _Rule] = {
