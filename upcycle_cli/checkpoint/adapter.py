@@ -111,8 +111,6 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
         of = made.get(held.name, held)
         if isinstance(of, LowRank):
             raise UpcycleError(f"{path} changes {held.name} twice.", _AGAIN)
-        if isinstance(of, Dequantize):
-            of = replace(of, dtype="F32")  # so that nothing is rounded twice
         made[held.name] = LowRank(of, pair["A"], pair["B"], factor, turned, held.dtype)
     return replace(base, made=made, adapter=adapter)
 
