@@ -181,8 +181,8 @@ def test_an_expression_of_a_computed_tensor(
     """It equals that of a tensor which torch has computed, in pieces of any size."""
     held = dict(tensors)
     wanted = value_of(stored(expr, held), held.__getitem__)
-    for items in (1 << 20, 50):
-        for name in ("_PIECE_ITEMS", "_PRODUCT_ITEMS", "_TRANSPOSED_ITEMS", "_TOGETHER_ITEMS"):
+    for items in (1 << 20, 4):
+        for name in ("_PIECE_ITEMS", "_TRANSPOSED_ITEMS", "_TOGETHER_ITEMS"):
             monkeypatch.setattr(module, name, items)
         assert same_bits(value_of(expr, held.__getitem__), wanted)
         found = evaluate_together([expr], lambda name: raw_bytes(held[name]))

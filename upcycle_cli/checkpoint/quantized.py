@@ -5,6 +5,7 @@ What does not fit is an error: an FP8 weight without its scale looks like any ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,8 @@ def _scaled(
     *stack, height, width = weight.shape
     for rows, columns in [block] if block else [(height, width), (1, width)]:
         grid = (*stack, -(-height // max(1, rows)), -(-width // max(1, columns)))
-        if _bare(grid) == _bare(scale.shape):
+        # Ones at the end of the shape may be left out.
+        if scale.shape == grid[: len(scale.shape)] and scale.num_elements == math.prod(grid):
             break
     else:
         words = f"{scale.name} has shape {[*scale.shape]}, but {weight.name} needs {[*grid]}"
@@ -124,11 +126,6 @@ def _scaled(
         raise _misfit(f"{scale.name} is stored as {scale.dtype}.")
     held = Source(weight.name, weight.dtype, weight.shape)
     return Dequantize(held, Source(scale.name, scale.dtype, grid), (rows, columns), dtype)
-
-
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape without the ones at its end."""
-    return _bare(shape[:-1]) if shape[-1:] == (1,) else shape
 
 
 def _misfit(words: str) -> UpcycleError:

@@ -98,11 +98,9 @@ class TensorMaker:
         stored, merge = self._stored(name), self._plan.merge
         if merge is None or merge.rest is NonExpertWeights.FIRST or stored.dtype in COUNTERS:
             return stored
-        several = [self._stored(name, model) for model in range(len(self._plan.sources))]
+        several = (self._stored(name, model) for model in range(len(self._plan.sources)))
         # The mean is rounded once, to the dtype in which it is written; its parts are not.
-        parts = [
-            each if isinstance(each, ex.Source) else replace(each, dtype="F32") for each in several
-        ]
+        parts = (s if isinstance(s, ex.Source) else replace(s, dtype="F32") for s in several)
         return ex.Mean((*parts,), self._options.storage_dtype or stored.dtype)
 
     def _stored(self, name: str, model: int = 0) -> ex.Held:

@@ -13,17 +13,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from upcycle_cli.checkpoint.storage import CONFIG_NAME, WEIGHTS_NAME
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.text import choose_from
 from upcycle_cli.models.wrappers import wrapper_of
+from upcycle_cli.plan.output import OutputTensor, Role, Shard
 from upcycle_cli.recipe.options import Promise
 from upcycle_cli.run import engine_runner
 from upcycle_cli.run.engine_runner import CONVERTER, ENGINES
@@ -31,6 +33,9 @@ from upcycle_cli.run.models import load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS
 from upcycle_cli.verification.prompts import TextOptions, make_prompt
 from upcycle_cli.verification.result import ENGINE, CheckResult, Findings, Status
+from upcycle_cli.write.evaluate import evaluate_together
+from upcycle_cli.write.file_layout import lay_out
+from upcycle_cli.write.record import json_bytes
 
 if TYPE_CHECKING:
     from upcycle_cli.checkpoint.checkpoint import Checkpoint
@@ -174,10 +179,9 @@ def check_engine(
     with source_errors(dense.path):
         rows = _rows(dense, texts)
     check, what = ENGINE + name, expected.source
-    from upcycle_cli.write.plain_copy import plain_copy  # which imports numpy
 
     try:
-        with plain_copy(dense) as path:
+        with _plain_copy(dense) as path:
             version, wanted = options.run(name, path, rows, trust=False)
         what = "MoE"
         _, found = options.run(name, moe.path, rows, trust=trust)
@@ -205,6 +209,27 @@ def check_engine(
     findings = Findings([difference] if difference else [])
     passed = f"Both models compute the same in this engine. {measured}"
     return findings.result(check, passed, metrics, measured if findings else "")
+
+
+@contextmanager
+def _plain_copy(source: Checkpoint) -> Iterator[Path]:
+    """Yield the directory of a model; one whose weights are computed is copied while it is used."""
+    if not source.made:
+        yield source.path
+        return
+    tensors = (OutputTensor.of(name, source.tensor(name), Role.COPIED) for name in source.tensors)
+    layout = lay_out(Shard(WEIGHTS_NAME, (*tensors,)))
+    with tempfile.TemporaryDirectory(prefix="upcycle-source-") as folder, source.reader() as reader:
+        path = Path(folder)
+        (path / CONFIG_NAME).write_bytes(json_bytes(source.config))
+        for each in source.companions:
+            (path / each.name).parent.mkdir(exist_ok=True)
+            (path / each.name).write_bytes(source.storage.companion(each))
+        with (path / WEIGHTS_NAME).open("wb") as file:
+            file.write(layout.header)
+            for part in layout.parts:
+                file.writelines(piece for _, piece in evaluate_together([part.expr], reader.mapped))
+        yield path
 
 
 def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:

@@ -35,8 +35,6 @@ _TRANSPOSED_ITEMS = 1 << 22
 TILE = 256
 """Rows and columns that are transposed at once."""
 _PIECE_ITEMS = 1 << 16
-_PRODUCT_ITEMS = 1 << 20
-"""Values of a product at once: each piece casts all of one factor to float64."""
 _SMALLEST = {"F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}  # above zero
 
 
@@ -206,7 +204,8 @@ class _Evaluator:
         def make(rows: slice) -> NDArray[Any]:
             return part(made, self.read, _as_slice(places[rows]), _as_slice(columns))
 
-        items = _PRODUCT_ITEMS if isinstance(made, ex.LowRank) else _PIECE_ITEMS
+        # Each piece of a product casts all of one factor to float64.
+        items = _PIECE_ITEMS << 4 * isinstance(made, ex.LowRank)
         return Rows((len(places), len(columns)), make, items)
 
     def applied(self, expr: ex.Expr, rows: NDArray[Any]) -> NDArray[Any]:
