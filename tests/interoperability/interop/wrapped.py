@@ -21,6 +21,7 @@ MARKS = (
     *("<image>", "<start_of_image>", "<image_soft_token>", "<end_of_image>"),
     *("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
     *("<video>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
+    *("<img>", "</img>", "<IMG_CONTEXT>"),
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     *("<|image>", "<|image|>", "<image|>", "<|video|>"),
     *("<|audio>", "<|audio|>", "<audio|>"),
@@ -156,9 +157,11 @@ _SIGLIP: Mapping[str, Any] = {
 _PIXTRAL: Mapping[str, Any] = {**_SEES, "model_type": "pixtral", "head_dim": 32}
 
 
-def _pixtral_files(spatial_merge_size: int) -> dict[str, dict[str, Any]]:
+def _pixtral_files(
+    spatial_merge_size: int, processor: str = "PixtralProcessor"
+) -> dict[str, dict[str, Any]]:
     return _files(
-        "PixtralProcessor",
+        processor,
         "PixtralImageProcessor",
         {"patch_size": PATCH, "size": {"longest_edge": SIDE}},
         patch_size=PATCH,
@@ -231,6 +234,40 @@ WRAPPED: Mapping[str, Wrapped] = {
         },
         around={"mm_tokens_per_image": 4},
     ),
+    "internvl (qwen2)": Wrapped(
+        text={**_TINY, "model_type": "qwen2"},
+        sees={
+            **_SEES,
+            "model_type": "internvl_vision",
+            "image_size": [SIDE, SIDE],
+            "patch_size": [PATCH, PATCH],
+        },
+        tokens={"image_token_id": "<IMG_CONTEXT>"},
+        asked="<IMG_CONTEXT>",
+        files={
+            **_files(
+                "InternVLProcessor",
+                "GotOcr2ImageProcessor",
+                {**_SQUARE, "crop_to_patches": False},
+                image_seq_length=4,
+            ),
+            "video_preprocessor_config.json": {
+                **_NORMAL,
+                **_SQUARE,
+                "processor_class": "InternVLProcessor",
+                "video_processor_type": "InternVLVideoProcessor",
+            },
+            TOKENIZER: {
+                "extra_special_tokens": {
+                    "start_image_token": "<img>",
+                    "end_image_token": "</img>",
+                    "context_image_token": "<IMG_CONTEXT>",
+                    "video_token": "<video>",
+                },
+            },
+        },
+        around={"image_seq_length": 4, "tie_word_embeddings": False},
+    ),
     "lfm2_vl": Wrapped(
         text={
             **_TINY,
@@ -258,6 +295,23 @@ WRAPPED: Mapping[str, Wrapped] = {
             },
         ),
         around={"projector_hidden_size": 64},
+    ),
+    "lighton_ocr": Wrapped(
+        text={**_TINY, "model_type": "qwen3"},
+        sees=_PIXTRAL,
+        tokens={"image_token_id": "[IMG]"},
+        asked="[IMG]",
+        files={
+            **_pixtral_files(2, "LightOnOcrProcessor"),
+            TOKENIZER: {
+                "extra_special_tokens": {
+                    "image_token": "[IMG]",
+                    "image_break_token": "[IMG_BREAK]",
+                    "image_end_token": "[IMG_END]",
+                },
+            },
+        },
+        around={"spatial_merge_size": 2},
     ),
     "llava (mistral)": _llava("mistral"),
     "llava (qwen2)": _llava("qwen2"),
@@ -322,6 +376,18 @@ WRAPPED: Mapping[str, Wrapped] = {
             {**_SQUARE, "image_seq_length": (SIDE // PATCH) ** 2},
         ),
         around={"hidden_size": _TINY["hidden_size"], "projection_dim": _TINY["hidden_size"]},
+    ),
+    "qwen2_vl": Wrapped(
+        text={**_TINY, "model_type": "qwen2_vl_text", "rope_parameters": _ROPE},
+        sees={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": _TINY["hidden_size"],
+            "num_heads": 2,
+            "patch_size": PATCH,
+        },
+        files=_qwen_files("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+        **_QWEN,
     ),
     "qwen2_5_vl": Wrapped(
         text={**_TINY, "model_type": "qwen2_5_vl_text", "rope_parameters": _ROPE},
