@@ -24,22 +24,17 @@ from upcycle_cli.core.safe_files import MOST_JSON_BYTES, read_small
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
-_PLAIN: Mapping[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # Other ways to initialize change the base's weights before training.
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-}
-_READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-_WITHOUT_EFFECT = (
-    # The names of the tensors say which layers they change.
+_INITIAL = (True, "gaussian", "eva", "orthogonal")  # others change the base before training
+_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _INITIAL}
+_KNOWN = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
     *("inference_mode", "peft_version", "lora_dropout", "megatron_core", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
-    # peft itself looks how a layer stores its weights.
-    *("fan_in_fan_out", "ensure_weight_tying", "runtime_config"),
+    *("ensure_weight_tying", "runtime_config"),
 )
+"""Keys of plain LoRA. The tensors' names say what they change, the layer how it is stored."""
 _TEXT = "model.language_model."
 _SPELLINGS = (
     *(("", ""), ("model.", ""), ("transformer.", ""), ("lm_head.", "language_model.lm_head.")),
@@ -66,7 +61,7 @@ def open_adapter(storage: files.Storage) -> Checkpoint:
     config, digest = files.json_object(raw, str(path / files.ADAPTER_NAME)), hashlib.sha256(raw)
     for key in ("peft_type", *config):
         value = config.get(key)
-        known = (value,) if key in _READ + _WITHOUT_EFFECT else _PLAIN.get(key, (None, False))
+        known = (value,) if key in _KNOWN else _PLAIN.get(key, ())
         if value not in known and (value or key == "peft_type"):
             words = f"{key} is {shown(value)}, but only plain LoRA can be read"
             raise UpcycleError(f"{path / files.ADAPTER_NAME}: {words}.", files.MERGE_WITH_PEFT)
