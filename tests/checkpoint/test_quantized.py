@@ -50,6 +50,15 @@ def test_convert_and_verify(
     assert "quantization_config" not in read_json(done.output / "config.json")
 
 
+def test_keep_a_tensor_that_is_called_like_a_scale(make_dense: MakeDense, tmp_path: Path) -> None:
+    """gemma3n has altup.correct_output_scale."""
+    dense = save_fp8(make_dense("gemma3n_text"), tmp_path / "fp8")
+    assert not open_checkpoint(dense).left_out
+    made = convert(dense, tmp_path / "moe", Recipe("E2G2T2"), verify=True)
+    assert made.report is not None
+    assert made.report.passed
+
+
 @pytest.mark.parametrize(
     ("scheme", "writer"),
     [

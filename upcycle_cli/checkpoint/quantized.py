@@ -34,8 +34,9 @@ _HINTS: Mapping[str, str] = {
 _SCALES = ("_scale_inv", "_scale")
 """Endings of the names of scales, after the name of the weight."""
 _UNNEEDED = (
-    *("input_scale", "output_scale", "activation_scale", "scale_ub"),
-    *(".q_scale", ".k_scale", ".v_scale", ".kv_scale"),
+    *(f".{of}_scale" for of in ("input", "output", "activation", "q", "k", "v", "kv")),
+    *(f"proj_{of}_scale" for of in ("input", "output", "activation")),
+    ".input_scale_ub",
 )
 _WHY = "scales of activations or of a cache, which are not quantised any more"
 """Endings of the names of scales of activations and caches, and why they are left out."""
