@@ -298,7 +298,7 @@ def _make(plan: Plan, request: Request, staging: Staging, hooks: Hooks, team: Te
         published=accepted,
         shared_bytes=written.shared_bytes,
         reused_bytes=written.reused_bytes,
-        warnings=tuple(filter(None, (vanished_weights(plan, written.vanished), left))),
+        warnings=tuple(filter(None, (vanished_weights(written.vanished), left))),
     )
 
 

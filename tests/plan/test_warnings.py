@@ -10,7 +10,9 @@ import pytest
 from shapes import hollow_plan
 
 from upcycle_cli import Options, Recipe, build_plan, open_checkpoint
-from upcycle_cli.plan.facts import warnings
+from upcycle_cli.checkpoint.made import Dequantize, Source
+from upcycle_cli.plan.expressions import Scale
+from upcycle_cli.plan.facts import vanished_weights, warnings
 from upcycle_cli.plan.plan import Plan
 from upcycle_cli.recipe.recipe import Routing, ScaleSplit, Scaling
 
@@ -149,3 +151,13 @@ def test_name_the_engines_that_go_wrong(
     for text, (name, words) in zip(said, found.items(), strict=True):
         where = target if " with " in words else f"{target} and {routing}"
         assert text.startswith(f"{name} with {where}: {words}.")
+
+
+@pytest.mark.parametrize(("count", "warns"), [(1, False), (400, True)])
+def test_vanished_weights_that_are_computed(count: int, *, warns: bool) -> None:
+    """Scales, which are few, do not count."""
+    weight, scale = Source("up", "F8_E4M3", (100, 100)), Source("up_scale", "F32", (1, 1))
+    expr = Scale(Dequantize(weight, scale, (100, 100), "F16"), 0.5)
+    found = vanished_weights({expr: count})
+    assert (found is not None) == warns
+    assert not warns or str(found).startswith("4 % of up is too small for float16")

@@ -267,11 +267,9 @@ class Reader(MappedFiles):
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise UpcycleError when a tensor's file changed, since its map shows the change."""
-        shards: dict[int, tuple[Checkpoint, set[str]]] = {}
-        for checkpoint, entry in map(self._find, names):
-            shards.setdefault(id(checkpoint), (checkpoint, set()))[1].add(entry.shard)
-        for checkpoint, held in shards.values():
-            checkpoint.check_files(file for file in checkpoint.shards if file.name in held)
+        found = {(id(model), entry.shard): model for model, entry in map(self._find, names)}
+        for (_, shard), model in found.items():
+            model.check_files(file for file in model.shards if file.name == shard)
 
     def mapped(self, name: str) -> memoryview:
         """Return a stored tensor's bytes in the mapped file; UpcycleError for an unknown dtype.

@@ -22,7 +22,7 @@ from upcycle_cli.models.mlp import Weight, locate
 from upcycle_cli.models.moe import MoeBlock
 from upcycle_cli.models.moe_config import remove_local_path
 from upcycle_cli.models.moe_experts import Experts, find_experts
-from upcycle_cli.plan.expressions import Expr, Held, Repeat, Select, Slice, Stack, joined, type_of
+from upcycle_cli.plan.expressions import Expr, Repeat, Select, Slice, Stack, joined, type_of
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.plan.validate import check_tensors
@@ -176,7 +176,7 @@ class _Grower:
         bias, renamed = (target.correction_bias(at, experts.routing) for at in (held, made))
         if bias is not None:
             # It keeps its dtype: training moves it by steps that narrower dtypes would lose.
-            grown = Repeat(self._stored(prefix + bias), k)
+            grown = Repeat(experts.moe.tensor(prefix + bias), k)
             yield OutputTensor.of(f"{prefix}{renamed}", grown, Role.CORRECTION_BIAS, layer)
         for weight in made.experts:
             each = [self._expert(layer, weight, e) for e in range(experts.num_experts)]
@@ -191,7 +191,7 @@ class _Grower:
         parts, size = [], self.experts.expert_size
         for part in weight.parts:
             found = locate(self._held.experts, part, width=size, expert=expert)
-            whole: Expr = self._stored(self.experts.target.prefix(layer) + found.tensor)
+            whole: Expr = self.experts.moe.tensor(self.experts.target.prefix(layer) + found.tensor)
             if found.row is not None:
                 whole = Select(whole, found.row)
             dim, width = found.split_dim, found.stop - found.start
@@ -200,8 +200,5 @@ class _Grower:
             parts.append(self.options.cast(whole))
         return joined(parts)
 
-    def _stored(self, name: str) -> Held:
-        return self.experts.moe.tensor(name)
-
     def _source(self, name: str) -> Expr:
-        return self.options.cast(self._stored(name))
+        return self.options.cast(self.experts.moe.tensor(name))

@@ -327,12 +327,18 @@ def operands(expr: Expr) -> tuple[Expr, ...]:
             return (expr.of,)
 
 
+def held(expr: Expr) -> Iterator[Held]:
+    """Yield the tensors of the source that an expression reads."""
+    if isinstance(expr, Held):
+        yield expr
+        return
+    for operand in operands(expr):
+        yield from held(operand)
+
+
 def source_names(expr: Expr) -> Iterator[str]:
     """Yield the names of the stored tensors that an expression reads."""
-    if isinstance(expr, Source):
-        yield expr.name
-    for operand in operands(expr):
-        yield from source_names(operand)
+    return (part.name for tensor in held(expr) for part in made.stored_parts(tensor))
 
 
 def loses_bits(expr: Expr) -> bool:
@@ -363,10 +369,10 @@ def describe(expr: Expr) -> str:
         case Scale(of, factor):
             return f"{describe(of)} × {factor:.6g}"
         case Concat(parts) | Stack(parts) | Mean(parts) if len(parts) > 2:
-            held: list[object] = [parts[0], f"… {len(parts)} in all"]
+            shown: list[object] = [parts[0], f"… {len(parts)} in all"]
         case Concat(parts) | Stack(parts) | Mean(parts):
-            held = [*parts]
+            shown = [*parts]
         case _:
-            held = [getattr(expr, field.name) for field in fields(expr) if field.repr]
-    inside = ", ".join(describe(each) if isinstance(each, Expr) else str(each) for each in held)
+            shown = [getattr(expr, field.name) for field in fields(expr) if field.repr]
+    inside = ", ".join(describe(each) if isinstance(each, Expr) else str(each) for each in shown)
     return f"{type(expr).__name__.lower()}({inside})"

@@ -5,7 +5,8 @@ A warning says what happens and what to do about it.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from upcycle_cli.checkpoint.adapter import adapter_text
@@ -14,7 +15,7 @@ from upcycle_cli.core.display import Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
 from upcycle_cli.models.engines import SILENTLY_WRONG, support_lines
 from upcycle_cli.models.layers import format_layers
-from upcycle_cli.plan.expressions import Expr, source_names, type_of
+from upcycle_cli.plan.expressions import Expr, held, source_names, type_of
 from upcycle_cli.plan.merge import NonExpertWeights
 from upcycle_cli.plan.plan import Growing, Plan
 from upcycle_cli.recipe.recipe import TIE_LOGIT_STD, NeuronOrder, Promise, RouterInit, Routing
@@ -263,15 +264,15 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
         )
 
 
-def vanished_weights(plan: Plan, counts: Mapping[Expr, int]) -> str | None:
+def vanished_weights(counts: Mapping[Expr, int]) -> str | None:
     """Warn if many weights became zero in the output's dtype; `counts` has their number."""
-    lost: Counter[tuple[str, str]] = Counter()
+    shares: defaultdict[tuple[str, str], float] = defaultdict(float)
     for expr, count in counts.items():
-        for name in source_names(expr):
-            lost[name, TORCH_DTYPES[type_of(expr).dtype]] += count
-    shares = {key: count / plan.entry(key[0]).num_elements for key, count in lost.items()}
+        for tensor in held(expr):
+            key = next(source_names(tensor)), TORCH_DTYPES[type_of(expr).dtype]
+            shares[key] += count / math.prod(tensor.shape)
     name, dtype = max(shares, key=lambda key: shares[key], default=("", ""))
-    if shares.get((name, dtype), 0.0) < _NOTABLE_SHARE:
+    if shares[name, dtype] < _NOTABLE_SHARE:
         return None
     wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
     return (

@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.card_metadata import CardMetadata
-from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, model_of, open_reader
-from upcycle_cli.checkpoint.header import TORCH_DTYPES, TensorEntry
+from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader, open_reader
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, INDEX_NAME
 from upcycle_cli.core.display import Compact
 from upcycle_cli.models.engines import Engine, Trainer, Traits, engines, trainers, traits_of
@@ -143,11 +143,6 @@ class Plan(Compact):
         source, *others = sources
         merge = self.merge and replace(self.merge, others=tuple(others))
         return replace(self, source=source, merge=merge)
-
-    def entry(self, name: str) -> TensorEntry:
-        """Return the stored tensor that an expression names."""
-        model, own = model_of(name)
-        return self.sources[model].place(own)[1]
 
     def reader(self) -> AbstractContextManager[Reader]:
         """Open the sources' files; the reader takes the names that expressions use."""
