@@ -33,7 +33,6 @@ from upcycle_cli.run.models import load_config, source_errors
 from upcycle_cli.run.texts import ROW_TOKENS
 from upcycle_cli.verification.prompts import TextOptions, make_prompt
 from upcycle_cli.verification.result import ENGINE, CheckResult, Findings, Status
-from upcycle_cli.write.evaluate import evaluate_together
 from upcycle_cli.write.file_layout import lay_out
 from upcycle_cli.write.record import json_bytes
 
@@ -217,6 +216,8 @@ def _plain_copy(source: Checkpoint) -> Iterator[Path]:
     if not source.made:
         yield source.path
         return
+    from upcycle_cli.write.evaluate import evaluate_together  # it imports numpy
+
     tensors = (OutputTensor.of(name, source.tensor(name), Role.COPIED) for name in source.tensors)
     layout = lay_out(Shard(WEIGHTS_NAME, (*tensors,)))
     with tempfile.TemporaryDirectory(prefix="upcycle-source-") as folder, source.reader() as reader:
