@@ -9,7 +9,7 @@ Legend: P positions, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,37 +24,30 @@ _TINY = 1e-3
 """Below this difference of logits d, exp(-d) - 1 + d is d²/2 - d³/6 to six digits."""
 
 
-@dataclass(frozen=True)
-class Ending:
-    """The output of a model's last layer, from which its head computes logits."""
+def logits(model: Model, output: Any, *, size: int) -> Iterator[torch.Tensor]:  # noqa: ANN401
+    """Yield the logits (P, at most `size`) of each block of the vocabulary in turn.
 
-    model: Model
-    output: Any
-    """The output of transformers' base model; its last hidden state is (1, P, H)."""
-
-    def logits(self, *, size: int) -> Iterator[torch.Tensor]:
-        """Yield the logits (P, at most `size`) of each block of the vocabulary in turn."""
-        model, output = self.model, self.output
-        head, base = model.get_output_embeddings(), model.base_model
-        base = getattr(base, "decoder", base)  # which the causal LM of opt calls itself
-        weight, bias = head.weight, getattr(head, "bias", None)
-        ids = torch.zeros(output.last_hidden_state.shape[:2], dtype=torch.long)
-        own, slots = base.forward, head._parameters  # noqa: SLF001 - a block is not a Parameter
-        whole = dict(slots)
-        # Call the causal LM itself, since it may cap or scale the logits.
-        base.forward = lambda *_, **__: output
-        try:
-            for begin in range(0, weight.shape[0], size):
-                end = begin + size
-                slots["weight"] = weight.block(begin, end)
-                if bias is not None:
-                    slots["bias"] = bias[begin:end]
-                with torch.no_grad():
-                    made = model(input_ids=ids, use_cache=False).logits[0].float()
-                yield made
-        finally:
-            base.forward = own
-            slots.update(whole)
+    `output` is what transformers' base model returns; its last hidden state is (1, P, H).
+    """
+    head, base = model.get_output_embeddings(), model.base_model
+    base = getattr(base, "decoder", base)  # which the causal LM of opt calls itself
+    weight, bias = head.weight, getattr(head, "bias", None)
+    ids = torch.zeros(output.last_hidden_state.shape[:2], dtype=torch.long)
+    own, slots = base.forward, head._parameters  # noqa: SLF001 - a block is not a Parameter
+    whole = dict(slots)
+    # Call the causal LM itself, since it may cap or scale the logits.
+    base.forward = lambda *_, **__: output
+    try:
+        for begin in range(0, weight.shape[0], size):
+            slots["weight"] = weight.block(begin, begin + size)
+            if bias is not None:
+                slots["bias"] = bias[begin : begin + size]
+            with torch.no_grad():
+                made = model(input_ids=ids, use_cache=False).logits[0].float()
+            yield made
+    finally:
+        base.forward = own
+        slots.update(whole)
 
 
 class Softmax:
@@ -67,11 +60,10 @@ class Softmax:
         self.best = torch.zeros(P, dtype=torch.long)
         self.normalizer = torch.zeros(P, dtype=torch.double)
         self._target_logit_P = torch.full((P,), torch.nan, dtype=torch.double)
-        self.not_finite = self.count = 0
+        self.not_finite = 0
 
     def add(self, logits_PV: torch.Tensor, begin: int) -> torch.Tensor:
         """Add the logits from `begin` on; return the factor for earlier sums."""
-        self.count += logits_PV.numel()
         if not math.isfinite(float(logits_PV.sum())):  # counting is slower and rarely needed
             self.not_finite += int((~logits_PV.isfinite()).sum())
         largest_P, best_P = logits_PV.max(-1)
@@ -146,28 +138,22 @@ class Comparison:
     max_abs_logit_diff: float
 
 
-def compare(
-    published: Ending, rounded: Ending | None, moe: Ending, targets_P: torch.Tensor
-) -> Comparison:
-    """Compare the dense model, the same with rounded weights (if it matters), and the MoE."""
-    P = len(targets_P)
+def compare(endings: Sequence[tuple[Model, Any]], targets_P: torch.Tensor) -> Comparison:
+    """Compare the dense model, the same with rounded weights (if it matters), and the MoE.
+
+    Each is a model and the output of its base model; see `logits`.
+    """
+    begin, P, moe = 0, len(targets_P), len(endings) - 1
+    found = [Softmax(targets_P) for _ in endings]
+    pairs = whole, rounding, conversion = (0, moe), (0, moe - 1), (moe - 1, moe)
+    divergences = {pair: Divergence(P) for pair in pairs}
     size = max(1, _BLOCK_LOGITS // P)
-    p, q = Softmax(targets_P), Softmax(targets_P)
-    whole, rounding = Divergence(P), Divergence(P)
-    begin, endings = 0, [published, moe]
-    r, conversion = p, whole
-    if rounded is not None:
-        endings.append(rounded)
-        r, conversion = Softmax(targets_P), Divergence(P)
-    for logits in zip(*(ending.logits(size=size) for ending in endings), strict=True):
-        p_PV, q_PV = logits[:2]
-        fade_P = p.add(p_PV, begin)
-        whole.add(p, p_PV, q_PV, fade_P)
-        q.add(q_PV, begin)
-        if rounded is not None:
-            r_PV = logits[2]
-            rounding.add(p, p_PV, r_PV, fade_P)
-            conversion.add(r, r_PV, q_PV, r.add(r_PV, begin))
-        begin += p_PV.shape[1]
-    kl_P, rounding_P, conversion_P = whole.kl(p, q), rounding.kl(p, r), conversion.kl(r, q)
-    return Comparison(p, r, q, kl_P, rounding_P, conversion_P, float(whole.most.max()))
+    for blocks in zip(*(logits(*ending, size=size) for ending in endings), strict=True):
+        fades = [each.add(block, begin) for each, block in zip(found, blocks, strict=True)]
+        for (p, q), divergence in divergences.items():
+            if p != q:
+                divergence.add(found[p], blocks[p], blocks[q], fades[p])
+        begin += blocks[0].shape[1]
+    kl = {(p, q): each.kl(found[p], found[q]) for (p, q), each in divergences.items()}
+    most = float(divergences[whole].most.max())
+    return Comparison(found[0], found[-2], found[-1], kl[whole], kl[rounding], kl[conversion], most)

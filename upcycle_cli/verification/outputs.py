@@ -9,8 +9,8 @@ check finds a planner that is wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -24,10 +24,11 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.options import Promise
 from upcycle_cli.run.lazy_models import lazy_model
 from upcycle_cli.run.models import TransformersError, source_errors
+from upcycle_cli.verification.logit_divergence import Comparison
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
-from upcycle_cli.verification.result import CheckResult, Findings, TextMeasure
-from upcycle_cli.verification.side_by_side import Found, rounding, run_side_by_side
+from upcycle_cli.verification.result import CheckResult, Findings, LayerMeasure, TextMeasure
+from upcycle_cli.verification.side_by_side import rounding, run_side_by_side
 
 _NAME = "outputs"
 _EXACT_KL = 1e-8
@@ -85,9 +86,9 @@ def check_outputs(
     )
     if findings:
         return findings.result(_NAME, "", note=_NOT_COMPARED)
-    with ExitStack() as stack:
-        readers = stack.enter_context(dense.reader()), stack.enter_context(moe.reader())
+    with dense.reader() as dense_reader, moe.reader() as moe_reader:
         try:
+            readers = dense_reader, moe_reader
             return _compare(dense, moe, readers, expected, texts, watch or Progress())
         except TransformersError as error:
             findings.add(f"transformers could not run the MoE: {error}")
@@ -112,91 +113,79 @@ def _compare(
     watch: Progress,
 ) -> CheckResult:
     dense_reader, moe_reader = readers
-    overflow = _Overflow()
+    largest: dict[str, float] = {}
+
+    def observe(name: str, values: torch.Tensor) -> None:
+        if values.numel():
+            value = float(values.abs().max().nan_to_num(math.inf, math.inf))
+            largest[name] = max(value, largest.get(name, 0.0))
+
     is_float16 = any(entry.dtype == "F16" for entry in moe.tensors.values())
-    observe = overflow.note if is_float16 else None
     with _moe_errors():
-        upcycled = lazy_model(moe, moe_reader, observe=observe)
+        upcycled = lazy_model(moe, moe_reader, observe=observe if is_float16 else None)
     experts = upcycled.experts
     if experts is None or experts.num_experts % expected.group_size:
         raise TransformersError("its config.json does not describe experts in such groups")
     with source_errors(dense.path):
-        published = lazy_model(dense, dense_reader)
-    round_to = rounding(published, upcycled)
-    rounded = None
-    if round_to is not None:
-        rounded = lazy_model(dense, dense_reader, round_to=round_to)
+        sources = [lazy_model(dense, dense_reader)]
+    if (round_to := rounding(sources[0], upcycled)) is not None:
+        sources.append(lazy_model(dense, dense_reader, round_to=round_to))
     seed_bytes = b"".join(
         bytes(moe_reader.mapped(name))
         for name in map(experts.router_name, experts.layers)
         if name in moe.tensors
     )
-    prompt = make_prompt(dense, texts, seed_bytes)
+    prompt, size = make_prompt(dense, texts, seed_bytes), expected.group_size
     with _moe_errors():
-        found = run_side_by_side(published, rounded, upcycled, prompt, expected.group_size, watch)
-    findings, compared = Findings(), found.comparison
+        compared, layers, routing = run_side_by_side(sources, upcycled, prompt, size, watch)
+    findings = Findings()
     for who, softmax in (("MoE", compared.moe), ("dense model", compared.published)):
         if softmax.not_finite:
-            finite = f"{softmax.not_finite} of {softmax.count} logits of the {who} are not finite"
-            findings.add(finite)
+            findings.add(f"{softmax.not_finite} logits of the {who} are not finite")
     if findings:
-        findings.add(*found.routing.failures, *overflow.failures())
+        findings.add(*routing.failures, *_overflow(largest))
         return findings.result(_NAME, "", {"tokens": prompt.ids.numel()})
-    metrics = _metrics(found, prompt)
-    metrics |= picture_metrics(rounded or published, upcycled)
-    if overflow.largest:
-        metrics["max_float16_value"] = overflow.largest
-    findings.add(*overflow.failures())
-    measured = _in_words(prompt, metrics, found, expected)
+    metrics = _metrics(compared, routing.whole_everywhere, layers, prompt)
+    metrics |= picture_metrics(sources[-1], upcycled)
+    if largest:
+        metrics["max_float16_value"] = max(largest.values())
+    findings.add(*_overflow(largest))
+    measured = _in_words(prompt, metrics, layers, expected.source)
     detail = f"This MoE does not promise equality, so it was measured: {expected.reason}."
-    if expected.promise is not Promise.NONE:
+    is_measured = expected.promise is Promise.NONE
+    if not is_measured:
         bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[upcycled.expert_dtype]
         detail, failures = _judge(expected, metrics, bound)
-        findings.add(*failures, *found.routing.failures)
-    is_measured, note = expected.promise is Promise.NONE, measured if findings else ""
-    passed = f"{detail} {measured}"
-    result = findings.result(_NAME, passed, metrics, note, is_measured=is_measured)
-    return replace(result, layers=found.layers, texts=_texts(found, prompt))
+        findings.add(*failures, *routing.failures)
+    note = measured if findings else ""
+    result = findings.result(_NAME, f"{detail} {measured}", metrics, note, is_measured=is_measured)
+    rows = zip(prompt.words, compared.kl.reshape(prompt.ids.shape).tolist(), strict=True)
+    held = (TextMeasure(tokens=words, kl=row[: len(words)]) for words, row in rows if words)
+    return replace(result, layers=tuple(layers), texts=tuple(held))
 
 
-class _Overflow:
-    """Finds values that overflow in an MoE that is stored in float16."""
-
-    def __init__(self) -> None:
-        self.largest, self._name = 0.0, ""
-
-    def note(self, name: str, values: torch.Tensor) -> None:
-        """Note the largest magnitude, and its weight."""
-        largest = float(values.abs().max()) if values.numel() else 0.0
-        if not (math.isnan(self.largest) or largest <= self.largest):
-            self.largest, self._name = largest, name
-
-    def failures(self) -> Iterator[str]:
-        """Say where a value exceeds float16."""
-        if not self.largest <= _FLOAT16_MAX:
-            yield (
-                f"{self._name}: values reach {self.largest:.4g} at run time, but the model is in "
-                f"float16, which ends at {_FLOAT16_MAX:g}; convert to bfloat16 or float32"
-            )
+def _overflow(largest: Mapping[str, float]) -> list[str]:
+    """Say which weight's values exceed float16 most; `largest` is empty for other dtypes."""
+    name = max(largest, key=largest.__getitem__, default="")
+    if not name or largest[name] <= _FLOAT16_MAX:
+        return []
+    return [
+        f"{name}: values reach {largest[name]:.4g} at run time, but the model is in float16, "
+        f"which ends at {_FLOAT16_MAX:g}; convert to bfloat16 or float32"
+    ]
 
 
-def _texts(found: Found, prompt: Prompt) -> tuple[TextMeasure, ...]:
-    kl = found.comparison.kl.reshape(prompt.ids.shape).tolist()
-    finite = ([value if math.isfinite(value) else None for value in row] for row in kl)
-    return tuple(
-        TextMeasure(tokens=words, kl=row[: len(words)])
-        for words, row in zip(prompt.words, finite, strict=True)
-        if words
-    )
-
-
-def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
+def _metrics(
+    comparison: Comparison,
+    whole_P: torch.Tensor,
+    layers: Sequence[LayerMeasure],
+    prompt: Prompt,
+) -> dict[str, Any]:
     """Return the metrics: KL(dense ‖ MoE) in nats per token, NLL of the text, and others.
 
     `rounding` compares the dense model with its rounded weights, `conversion` the rounded model
     with the MoE, `whole` the same at tokens that got whole groups in every layer.
     """
-    comparison, whole_P = found.comparison, found.routing.whole_everywhere
     p, r, q = comparison.published, comparison.rounded, comparison.moe
     whole_kl_P, follows_P = comparison.conversion[whole_P], prompt.targets >= 0
     return {
@@ -212,18 +201,18 @@ def _metrics(found: Found, prompt: Prompt) -> dict[str, Any]:
         "tokens": prompt.ids.numel(),
         "text_tokens": sum(map(len, prompt.words)),
         "kl_mean_whole": float(whole_kl_P.mean()) if len(whole_kl_P) else math.nan,
-        "split_token_layers": 1 - fmean(layer.whole_share for layer in found.layers),
-        "expert_load_cv": fmean(layer.load_cv for layer in found.layers),
+        "split_token_layers": 1 - fmean(layer.whole_share for layer in layers),
+        "expert_load_cv": fmean(layer.load_cv for layer in layers),
     }
 
 
 def _in_words(
-    prompt: Prompt, metrics: Mapping[str, float], found: Found, expected: Expectation
+    prompt: Prompt, metrics: Mapping[str, float], layers: Sequence[LayerMeasure], source: str
 ) -> str:
-    worst = max(found.layers, key=lambda layer: layer.added_rms)
+    worst = max(layers, key=lambda layer: layer.added_rms)
     text = ""
     if metrics["text_tokens"]:
-        text = f", NLL {metrics['moe_nll']:.4f} ({expected.source} {metrics['dense_nll']:.4f})"
+        text = f", NLL {metrics['moe_nll']:.4f} ({source} {metrics['dense_nll']:.4f})"
     words = [
         f"On {prompt.origin}: mean KL {metrics['kl_mean']:.2g}, top-1 agreement "
         f"{metrics['top1_agreement']:.2%}{text}."

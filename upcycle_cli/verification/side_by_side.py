@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +23,13 @@ from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
 from upcycle_cli.run.lazy_weights import Computed
 from upcycle_cli.run.models import source_errors, transformers_errors
-from upcycle_cli.verification.logit_divergence import Comparison, Ending, compare
+from upcycle_cli.verification.logit_divergence import Comparison, compare
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.result import LayerMeasure
 from upcycle_cli.verification.routing import ObservedRouting, observed_routers
 
 _SAMPLED = 64
 """Positions at which the experts of each layer also run on the dense model's own MLP input."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The result of running the models."""
-
-    comparison: Comparison
-    layers: tuple[LayerMeasure, ...]
-    routing: ObservedRouting
 
 
 def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
@@ -63,14 +53,16 @@ def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
 
 
 def run_side_by_side(
-    dense: LazyModel,
-    rounded: LazyModel | None,
+    sources: Sequence[LazyModel],
     moe: LazyModel,
     prompt: Prompt,
     group_size: int,
     watch: Progress,
-) -> Found:
-    """Run the models; raises TransformersError for the MoE, UpcycleError for the dense model."""
+) -> tuple[Comparison, list[LayerMeasure], ObservedRouting]:
+    """Run the dense model, again with rounded weights if that matters, and the MoE.
+
+    Raises TransformersError for the MoE, UpcycleError for the dense model.
+    """
     assert moe.experts is not None
     target, P = moe.experts.target, prompt.ids.numel()
     sample = torch.arange(0, P, max(1, P // _SAMPLED))[:_SAMPLED]
@@ -81,11 +73,11 @@ def run_side_by_side(
             return stack.enter_context(started(model.net, prompt.ids, blocks))
 
         def advance_dense() -> None:
-            with source_errors(dense.checkpoint.path):
+            with source_errors(sources[0].checkpoint.path):
                 for each in runs:
                     each.steps.advance()
 
-        runs = [start(model) for model in (dense, rounded) if model is not None]
+        runs = [start(model) for model in sources]
         run, own = start(moe), runs[-1]
         routing = stack.enter_context(observed_routers(moe, P, group_size))
         measures = []
@@ -106,10 +98,8 @@ def run_side_by_side(
             for each in (*runs, run):
                 output = each.output
                 output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[None]
-                endings.append(Ending(each.model, output))
-            middle = endings[1] if rounded is not None else None
-            comparison = compare(endings[0], middle, endings[-1], prompt.targets)
-    return Found(comparison, tuple(measures), routing)
+                endings.append((each.model, output))
+            return compare(endings, prompt.targets), measures, routing
 
 
 def _measure(
