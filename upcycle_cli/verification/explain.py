@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,99 +44,81 @@ class Place:
     expr: Expr
 
 
-def explain(
-    plan: Plan,
-    moe: Checkpoint,
-    differing: Sequence[Place],
-    exprs: Mapping[str, Expr],
-    source: Reader,
-    held: Reader,
-) -> list[str]:
-    """Return a sentence for each expert or tensor that differs, or one if all were trained."""
-    # The first difference of each tensor stands for the others.
-    by_name = {each.name: each for each in reversed(differing)}
-    ordered = [by_name[name] for name in dict.fromkeys(each.name for each in differing)]
+@dataclass(frozen=True)
+class Explainer:
+    """Explains the differences between an MoE and the expressions of its plan."""
 
-    def values(place: Place) -> tuple[Floats, Floats]:
+    plan: Plan
+    moe: Checkpoint
+    exprs: Mapping[str, Expr]
+    """By the name of the tensor, with the values that only the MoE has."""
+    source: Reader
+    held: Reader
+
+    def explain(self, differing: Sequence[Place]) -> list[str]:
+        """Return a sentence for each tensor that differs, or one if all were trained."""
+        first: dict[str, Place] = {}  # the first difference of a tensor stands for the others
+        for place in differing:
+            first.setdefault(place.name, place)
+        ordered, sentences, particular = [*first.values()], list[str](), False
+        tensors = {tensor.name: tensor for tensor in self.plan.tensors}
+        for place in ordered[:_MOST_EXPLAINED]:
+            one, other = self._values(place)
+            tensor, who, where, noun = tensors[place.name], place.name, "", "expected value"
+            words = None
+            if tensor.role is Role.EXPERT:
+                expert = self._expert_of(tensor, place.start)
+                who, where = f"layer {tensor.layer}, expert {expert}", f" ({place.name})"
+                noun = "shard" if self.plan.growing is None else noun
+                words = self._other_expert(tensor, place)
+            words = words or _moved_words(one, other) or _factor_words(one, other, noun)
+            particular = particular or words is not None  # training does none of these
+            sentences.append(f"{who} {words or _plain_words(one, other)}{where}")
+        if len(ordered) >= _FEWEST_TRAINED and not particular:
+            sample = ordered[:: len(ordered) // _MOST_SAMPLED + 1]
+            changes = [_relative_change(*self._values(each)) for each in sample]
+            small = [change for change in changes if change < 1.0]
+            if len(small) > len(changes) * 0.9:
+                return [
+                    f"{TRAINED}: {len(ordered):,} of {len(self.exprs):,} tensors changed, by "
+                    f"{np.mean(small):.2%} on average; inspect the MoE beside its dense model to "
+                    "see how far each layer moved"
+                ]
+        rest = ordered[_MOST_EXPLAINED:]
+        return sentences + [f"{each.name} does not have its expected values" for each in rest]
+
+    def _values(self, place: Place) -> tuple[Floats, Floats]:
+        """Return the values of the MoE and of the plan."""
         kind, stop = type_of(place.expr), place.start + num_bytes(place.expr)
-        data = held.mapped(place.name)[place.start : stop], evaluate(place.expr, source.mapped)
+        held = self.held.mapped(place.name)[place.start : stop]
+        data = held, evaluate(place.expr, self.source.mapped)
         one, other = (as_float32(bytes(each), kind.dtype, kind.shape) for each in data)
         return one, other
 
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    said: dict[tuple[str, str], list[str]] = {}
-    particular = False
-    for place in ordered[:_MOST_EXPLAINED]:
-        one, other = values(place)
-        tensor = tensors[place.name]
-        is_expert = tensor.role is Role.EXPERT
-        noun = "shard" if is_expert and plan.growing is None else "expected value"
-        words = _other_expert(plan, moe, place, exprs, source, held)
-        words = words or _moved_words(one, other) or _factor_words(one, other, noun)
-        particular = particular or words is not None  # training does none of these
-        who = place.name
-        if is_expert:
-            who = f"layer {tensor.layer}, expert {_expert_of(plan, moe, tensor, place.start)}"
-        said.setdefault((who, words or _plain_words(one, other)), []).append(place.name)
-    sentences = [
-        f"{who} {words}" + (f" ({_joined(names)})" if who not in names else "")
-        for (who, words), names in said.items()
-    ]
-    if len(ordered) >= _FEWEST_TRAINED and not particular:
-        sample = ordered[:: len(ordered) // _MOST_SAMPLED + 1]
-        changes = [_relative_change(*values(each)) for each in sample]
-        small = [change for change in changes if change < 1.0]
-        if len(small) > len(changes) * 0.9:
-            return [
-                f"{TRAINED}: {len(ordered):,} of {len(exprs):,} tensors changed, by "
-                f"{np.mean(small):.2%} on average; inspect the MoE beside its dense model to see "
-                "how far each layer moved"
-            ]
-    rest = ordered[_MOST_EXPLAINED:]
-    return sentences + [f"{each.name} does not have its expected values" for each in rest]
+    def _expert_of(self, tensor: OutputTensor, start: int) -> int:
+        """Return the expert that holds this byte of a tensor."""
+        if tensor.expert is not None:
+            return tensor.expert
+        return start // (self.moe.tensors[tensor.name].nbytes // self.plan.num_experts)
 
-
-def _joined(names: Sequence[str]) -> str:
-    """Return the names of an expert's tensors as one: experts.2.{w1,w3}.weight."""
-    columns = zip_longest(*(name.split(".") for name in names), fillvalue="")
-    found = [[*dict.fromkeys(column)] for column in columns]
-    return ".".join(part[0] if len(part) == 1 else f"{{{','.join(part)}}}" for part in found)
-
-
-def _expert_of(plan: Plan, moe: Checkpoint, tensor: OutputTensor, start: int) -> int:
-    """Return the expert that holds this byte of a tensor."""
-    if tensor.expert is not None:
-        return tensor.expert
-    return start // (moe.tensors[tensor.name].nbytes // plan.num_experts)
-
-
-def _other_expert(
-    plan: Plan,
-    moe: Checkpoint,
-    place: Place,
-    exprs: Mapping[str, Expr],
-    source: Reader,
-    held: Reader,
-) -> str | None:
-    """Say which other expert's values a tensor of an expert has."""
-    experts = {t.name: t for t in plan.tensors if t.role is Role.EXPERT and t.name in exprs}
-    if (tensor := experts.get(place.name)) is None:
+    def _other_expert(self, tensor: OutputTensor, place: Place) -> str | None:
+        """Say which other expert's values a tensor of an expert has."""
+        size, kind = num_bytes(place.expr), type_of(place.expr).dtype
+        data = self.held.mapped(place.name)[place.start : place.start + size]
+        seen = {place.expr}
+        for other in self.plan.tensors:
+            if (other.role, other.parts, other.layer) != (Role.EXPERT, tensor.parts, tensor.layer):
+                continue
+            start = 0
+            for leaf in leaves(self.exprs[other.name]) if other.name in self.exprs else ():
+                expr = leaf if type_of(leaf).dtype == kind else Cast(leaf, kind)
+                if expr not in seen and num_bytes(expr) == size:
+                    seen.add(expr)
+                    if evaluate(expr, self.source.mapped) == data:
+                        own = self._expert_of(tensor, place.start)
+                        return _instead(self.plan, own, self._expert_of(other, start))
+                start += num_bytes(expr)
         return None
-    size, kind = num_bytes(place.expr), type_of(place.expr).dtype
-    data, seen = held.mapped(place.name)[place.start : place.start + size], {place.expr}
-    for other in experts.values():
-        if (other.parts, other.layer) != (tensor.parts, tensor.layer):
-            continue
-        start = 0
-        for leaf in leaves(exprs[other.name]):
-            expr = leaf if type_of(leaf).dtype == kind else Cast(leaf, kind)
-            if expr not in seen and num_bytes(expr) == size:
-                seen.add(expr)
-                if evaluate(expr, source.mapped) == data:
-                    own = _expert_of(plan, moe, tensor, place.start)
-                    return _instead(plan, own, _expert_of(plan, moe, other, start))
-            start += num_bytes(expr)
-    return None
 
 
 def _instead(plan: Plan, own: int, other: int) -> str:

@@ -24,7 +24,7 @@ from upcycle_cli.plan.calibration import Calibration
 from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.verification.explain import Place, explain
+from upcycle_cli.verification.explain import Explainer, Place
 from upcycle_cli.verification.rebuild import is_fitted, why_unproven
 from upcycle_cli.verification.result import TRAINED, CheckResult, Findings
 from upcycle_cli.verification.unbound import Unbound, is_unbound
@@ -77,7 +77,7 @@ def check_weights(
                 for name, expr in compared.items()
             }
         )
-        words = explain(plan, moe, differing, exprs, source, held)
+        words = Explainer(plan, moe, exprs, source, held).explain(differing)
         if not any(each.startswith(TRAINED) for each in words):  # training explains them as well
             findings.add(*strange)
         findings.add(*words)
