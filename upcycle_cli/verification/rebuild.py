@@ -186,44 +186,27 @@ def _text(
 
 
 def _merge(record: Record, others: Sequence[Checkpoint]) -> Merge | None:
-    held = record.get("experts_from")
-    if held is None:
-        if others:
-            raise _not_of(others[0])
-        return None
+    """Return which models gave experts, if several; UpcycleError if `others` are not these."""
+    held = record.get("experts_from") or {"models": (), "groups": (), "rest": "first"}
+    found, missing = list[Checkpoint](), list[str]()
     try:
         models, rest = held["models"], NonExpertWeights(held["rest"])
         names = ", ".join(shown(model["name"]) for model in models)
-        number_of = range(len(models) + 1).index
-        cycle = tuple(number_of(group) for group in held["groups"])
-        if others and cycle:
-            return Merge(others=tuple(_in_order(models, others)), cycle=cycle, rest=rest)
+        for model in models:
+            fitting = [each for each in others if _is_recorded(each, model)]
+            found += fitting[:1]
+            missing += [] if fitting else [shown(model["name"])]
+        cycle = tuple(map(range(len(models) + 1).index, held["groups"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{RECORD_NAME}: experts_from is incomplete") from error
-    words = f"{RECORD_NAME} says that the experts come from several models, but only one is given."
-    raise UpcycleError(words, f"Name the others with `experts_from`: {names}.")
-
-
-def _in_order(models: Sequence[Record], others: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the given models in the order of the record; UpcycleError for any others."""
-    left, found = list(others), []
-    for model in models:
-        fits = next((each for each in left if _is_recorded(each, model)), None)
-        if fits is None:
-            words = f"none of the given models is {shown(model['name'])}, which gave experts: their"
-            hint = "Name each model with `experts_from`."
-            raise UpcycleError(f"{words} config or weights differ from {RECORD_NAME}.", hint)
-        left.remove(fits)
-        found.append(fits)
-    if left:
-        raise _not_of(left[0])
-    return found
-
-
-def _not_of(model: Checkpoint) -> UpcycleError:
-    return UpcycleError(
-        f"{RECORD_NAME} says that no expert comes from {model.path}.", "Leave it out."
-    )
+    if missing:
+        words = f"none of the given models is {missing[0]}, which gave experts: their config or"
+        hint = f"Name the others with `experts_from`: {names}."
+        raise UpcycleError(f"{words} weights differ from {RECORD_NAME}.", hint)
+    if strange := [each for each in others if each not in found]:
+        words = f"{RECORD_NAME} says that no expert comes from {strange[0].path}."
+        raise UpcycleError(words, "Leave it out.")
+    return Merge(others=tuple(found), cycle=cycle, rest=rest) if cycle else None
 
 
 def _is_recorded(model: Checkpoint, recorded: Record) -> bool:
