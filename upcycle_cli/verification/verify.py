@@ -10,9 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +23,7 @@ from upcycle_cli.checkpoint.storage import (
     read_json,
     refuse_missing,
 )
-from upcycle_cli.checkpoint.unsafe_settings import (
-    refuse_unsafe_settings,
-    unsafe_config_settings,
-    unsafe_settings,
-)
+from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_settings
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.errors import UpcycleError, shown
 from upcycle_cli.core.platform import reuse_freed_memory
@@ -60,7 +54,6 @@ from upcycle_cli.verification.result import (
 
 if TYPE_CHECKING:
     from upcycle_cli.plan.plan import Plan
-    from upcycle_cli.verification.outputs import Expectation
 
 
 def verify(  # noqa: PLR0913 - options, by name
@@ -186,19 +179,14 @@ class _Case:
     def run(self, selected: Sequence[str], *, fail_fast: bool) -> list[CheckResult]:
         """Run the checks in their order."""
         results: list[CheckResult] = []
-        imports: Future[Any] | None = None
         for name in selected:
             failed = next((check for check in results if check.status is Status.FAILED), None)
             if fail_fast and failed is not None:
                 results.append(_skipped(name, f"Not run: {failed.name} failed."))
                 continue
             self.watch.begins(f"checking {name}")
-            if name == "outputs":
-                if imports is not None:
-                    imports.exception()  # the check imports it again and reports any error
-                results.append(self._outputs())
-            elif name.startswith(ENGINE):
-                results.append(self._engine(name.removeprefix(ENGINE)))
+            if name == "outputs" or name.startswith(ENGINE):
+                results.append(self._run_both(name))
             elif self.mismatch:
                 results.append(Findings([self.mismatch]).result(name, ""))
             elif self.plan is None:
@@ -209,56 +197,37 @@ class _Case:
             else:
                 from upcycle_cli.verification.weights import check_weights
 
-                if "outputs" in selected and not fail_fast and not rebuild.is_fitted(self.plan):
-                    # Import what `outputs` needs while `weights` reads files, unless a calibration
-                    # imports it too: two threads must not.
-                    package = "transformers.modeling_utils"
-                    imports = ThreadPoolExecutor(1).submit(import_module, package)
                 routers = self.record["routers"]
                 results.append(check_weights(self.plan, self.moe, self.watch, self.fitted, routers))
         return results
 
-    def _outputs(self) -> CheckResult:
-        allowed = () if self.plan is None else self.plan.config.keys() & {"auto_map"}
-        unsafe = [
-            f"{CONFIG_NAME}: {each}"
-            for each in unsafe_config_settings(self.moe.config, [*nested_configs(self.moe.config)])
-            if each.partition(" ")[0] not in allowed
-        ]
-        if unsafe:
-            return Findings(unsafe).result("outputs", "", note="The MoE was not run.")
-        from upcycle_cli.verification.outputs import check_outputs
+    def _run_both(self, name: str) -> CheckResult:
+        """Run both models, with shipped code only if it is what this version writes."""
+        dense, moe, trust = self.dense, self.moe, self._ships_our_code()
+        if unsafe := unsafe_settings(moe, ignore_code=trust, parts=nested_configs(moe.config)):
+            return Findings(unsafe).result(name, "", note="The MoE was not run.")
+        from upcycle_cli.verification.outputs import Expectation, check_outputs
 
+        expected = Expectation(
+            promise=Promise.NONE, reason=self.mismatch or "its recipe is unknown"
+        )
+        if self.plan is not None:
+            expected = rebuild.expectation(self.plan)
+        if name != "outputs":
+            engine, options = name.removeprefix(ENGINE), self.engine_options
+            return check_engine(engine, dense, moe, expected, options, self.texts, trust=trust)
         with transformers_errors():  # a broken transformers is an error, not damage
             pass
-        return check_outputs(self.dense, self.moe, self._expected(), self.texts, self.watch)
+        return check_outputs(dense, moe, expected, self.texts, self.watch)
 
-    def _engine(self, name: str) -> CheckResult:
-        """Run both models in an engine, shipped code only if it is what this version writes."""
-        code = None if self.plan is None else self.plan.code
-        trust = code is not None and self._ships(code)
-        parts = nested_configs(self.moe.config)
-        if unsafe := unsafe_settings(self.moe, ignore_code=trust, parts=parts):
-            return Findings(unsafe).result(ENGINE + name, "", note="The MoE was not run.")
-        expected = self._expected()
-        return check_engine(
-            name, self.dense, self.moe, expected, self.engine_options, self.texts, trust=trust
-        )
-
-    def _ships(self, code: str) -> bool:
-        """Whether the only code of the MoE is this, and its config names nothing else."""
-        assert self.plan is not None
+    def _ships_our_code(self) -> bool:
+        """Whether the only code of the MoE is what convert writes, and its config names that."""
+        if self.plan is None or self.plan.code is None:
+            return False
         files = [name for name in self.moe.storage.names() if name.casefold().endswith(".py")]
         named = self.moe.config.get("auto_map") == self.plan.config.get("auto_map")
         held = read_small(self.moe.storage.local(CODE_NAME)) if files == [CODE_NAME] else b""
-        return named and held == code.encode()
-
-    def _expected(self) -> Expectation:
-        from upcycle_cli.verification.outputs import Expectation
-
-        if self.plan is not None:
-            return rebuild.expectation(self.plan)
-        return Expectation(promise=Promise.NONE, reason=self.mismatch or "its recipe is unknown")
+        return named and held == self.plan.code.encode()
 
 
 def _skipped(name: str, detail: str) -> CheckResult:
