@@ -8,7 +8,6 @@ mean the same to transformers.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -87,14 +86,13 @@ def _weight_file_failures(moe: Checkpoint) -> Iterator[str]:
         return
     index = read_json(moe.storage.local(INDEX_NAME), MOST_LISTING_BYTES)
     metadata = index.get("metadata")
-    held = metadata if isinstance(metadata, dict) else {}
-    wanted, counted = {"total_size": moe.nbytes}, held.get("total_parameters")
-    if type(counted) is int and 0 < counted <= moe.num_parameters:
-        wanted["total_parameters"] = counted  # transformers leaves out buffers
-    expected = {"metadata": wanted, "weight_map": index["weight_map"]}
-    yield from (
-        f"{INDEX_NAME}: {each}" for each in _differences(expected, index | {"metadata": held})
-    )
+    held = dict(metadata) if isinstance(metadata, dict) else {}
+    counted = held.pop("total_parameters", 1)  # transformers leaves out buffers
+    if type(counted) is not int or not 0 < counted <= moe.num_parameters:
+        yield f"{INDEX_NAME}: metadata.total_parameters is {shown(counted)}"
+    wanted = {"metadata": {"total_size": moe.nbytes}, "weight_map": index["weight_map"]}
+    found = _differences(wanted, index | {"metadata": held})
+    yield from (f"{INDEX_NAME}: {each}" for each in found)
 
 
 def _has_index(moe: Checkpoint) -> bool:
@@ -149,16 +147,13 @@ def _config_failures(
     found = [*_differences(wanted, moe.config)]
     if not found:
         return
-    nbytes = Counter[str]()
-    for entry in moe.tensors.values():
-        nbytes[entry.dtype] += entry.nbytes
-    stored = TORCH_DTYPES.get(nbytes.most_common(1)[0][0], "")  # of most bytes
+    largest = max(moe.tensors.values(), key=lambda entry: entry.nbytes)
+    stored = TORCH_DTYPES.get(largest.dtype, "")
     if _means_the_same(_with_dtype(wanted, moe.config, stored), moe.config):
         notes.append(f"transformers saved {CONFIG_NAME} again; it means the same.")
         return
     yield from (f"{CONFIG_NAME}: {each}" for each in found)
-    tool, this = record.get("tool"), version("upcycle-cli")
-    before = tool.get("version") if isinstance(tool, dict) else None
+    before, this = record["tool"].get("version"), version("upcycle-cli")
     if before != this:
         notes.append(
             f"upcycle {before} made it, but this is upcycle {this}, which may write other keys. "
@@ -207,11 +202,10 @@ def _record_failures(plan: Plan, record: Settings) -> Iterator[str]:
     held = {key: record[key] for key in wanted}
     if layout == record["expert_layout"]:  # else transformers changed it, and names with it
         wanted["routers"] = sorted(t.name for t in plan.tensors if t.role is Role.ROUTER)
-        routers = record["routers"]  # training changes their digests
-        held["routers"] = sorted(routers) if isinstance(routers, dict) else routers
-    source, dense = record.get("source"), plan.source
+        held["routers"] = sorted(record["routers"])  # training changes their digests
+    source, dense = record["source"], plan.source
     # A conversion from a local directory records no revision.
-    if dense.repo is not None and isinstance(source, dict) and source.get("revision") is not None:
+    if dense.repo is not None and source.get("revision") is not None:
         wanted["source"] = {"name": dense.repo, "revision": dense.revision}
         name = str(source.get("name")).partition("+")[0]  # an adapter may have another place now
         held["source"] = {"name": name, "revision": source["revision"]}

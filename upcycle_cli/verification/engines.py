@@ -6,7 +6,6 @@ run/engine_runner.py runs one model after the other, each in a process of the en
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -18,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, WEIGHTS_NAME
@@ -265,22 +263,22 @@ def compare(
     where the dense model prefers its token by less than the tolerance, and in low precision by less
     than four times that.
     """
+    import numpy as np
+
     low_precision = tolerance >= LOW_PRECISION
     hesitation = 4 * tolerance if low_precision else tolerance
+    measure, words = (np.mean, " on average") if on_average else (np.max, "")
     differences: list[str] = []
-    rows = [
-        [abs(p - q) for p, q in zip(*pair, strict=True)]
-        for pair in zip(found["logprobs"] or (), expected["logprobs"] or (), strict=False)
-    ]
+    pairs = zip(found["logprobs"] or (), expected["logprobs"] or (), strict=False)
+    rows = [np.abs(np.subtract(*pair)) for pair in pairs]
     for index, row in enumerate(rows):
-        off, words = (fmean(row), " on average") if on_average else (_largest(row), "")
-        if not off <= tolerance:
+        if not (off := measure(row)) <= tolerance:
             differences.append(f"log-probabilities of row {index} differ by {off:.2g}{words}")
     texts = [*zip(found["texts"], expected["texts"], strict=False)]
     same = 0
     for index, (mine, wanted) in enumerate(texts):
-        pairs = enumerate(zip_longest(mine, wanted))
-        place = next((place for place, (a, b) in pairs if a != b), len(wanted))
+        places = enumerate(zip_longest(mine, wanted))
+        place = next((place for place, (a, b) in places if a != b), len(wanted))
         same += place
         hesitates = len(mine) == len(wanted) and place < len(wanted)
         hesitates = hesitates and expected["margins"][index][place] <= hesitation
@@ -291,14 +289,10 @@ def compare(
         differences.append(f"only {same} of {total} tokens of text are the same")
     if not rows and not texts:
         differences.append("there is nothing to compare")
-    every = [each for row in rows for each in row] or [math.nan]
+    every = np.concatenate(rows or [np.array([np.nan])])
     return "".join(differences[:1]), {
-        "logprob_diff_mean": fmean(every),
-        "logprob_diff_max": _largest(every),
+        "logprob_diff_mean": float(every.mean()),
+        "logprob_diff_max": float(every.max()),
         "same_text_tokens": same,
         "text_tokens": total,
     }
-
-
-def _largest(row: Sequence[float]) -> float:
-    return max(row, key=lambda value: math.inf if math.isnan(value) else value)
