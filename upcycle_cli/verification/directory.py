@@ -65,11 +65,13 @@ def check_directory(
     plan: Plan, moe: Checkpoint, names: Sequence[str], record: Settings
 ) -> CheckResult:
     """Compare an MoE's files with the plan; `names` are all files in its directory."""
-    findings, notes = Findings(), list[str]()
-    findings.add(*_config_failures(plan, moe, record, notes), *_record_failures(plan, record))
-    findings.add(*_weight_file_failures(moe), *_companion_failures(plan, moe, notes))
-    findings.add(*_foreign_failures(plan, moe, names))
-    findings.add(*(each for each in checksum_failures(moe.path) if each not in findings))
+    notes = list[str]()
+    findings = Findings(_config_failures(plan, moe, record, notes))
+    findings += _record_failures(plan, record)
+    findings += _weight_file_failures(moe)
+    findings += _companion_failures(plan, moe, notes)
+    findings += _foreign_failures(plan, moe, names)
+    findings += (each for each in checksum_failures(moe.path) if each not in findings)
     passed = "Every file is what convert writes for this recipe."
     return findings.result(NAME, passed, note=" ".join(notes))
 

@@ -7,7 +7,7 @@ values that differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,12 @@ class Place:
     name: str
     start: int
     expr: Expr
+
+
+def stored_leaves(expr: Expr, dtype: str) -> Iterator[Expr]:
+    """Yield the leaves of an expression in the dtype in which the MoE has them."""
+    for leaf in leaves(expr):
+        yield leaf if type_of(leaf).dtype == dtype else Cast(leaf, dtype)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,8 @@ class Explainer:
             if (other.role, other.parts, other.layer) != (Role.EXPERT, tensor.parts, tensor.layer):
                 continue
             start = 0
-            for leaf in leaves(self.exprs[other.name]) if other.name in self.exprs else ():
-                expr = leaf if type_of(leaf).dtype == kind else Cast(leaf, kind)
+            found = self.exprs.get(other.name)
+            for expr in () if found is None else stored_leaves(found, kind):
                 if expr not in seen and num_bytes(expr) == size:
                     seen.add(expr)
                     if evaluate(expr, self.source.mapped) == data:

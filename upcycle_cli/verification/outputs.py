@@ -91,7 +91,7 @@ def check_outputs(
             readers = dense_reader, moe_reader
             return _compare(dense, moe, readers, expected, texts, watch or Progress())
         except TransformersError as error:
-            findings.add(f"transformers could not run the MoE: {error}")
+            findings.append(f"transformers could not run the MoE: {error}")
             return findings.result(_NAME, "", note=_NOT_COMPARED)
 
 
@@ -141,22 +141,22 @@ def _compare(
     findings = Findings()
     for who, softmax in (("MoE", compared.moe), ("dense model", compared.published)):
         if softmax.not_finite:
-            findings.add(f"{softmax.not_finite} logits of the {who} are not finite")
+            findings.append(f"{softmax.not_finite} logits of the {who} are not finite")
     if findings:
-        findings.add(*routing.failures, *_overflow(largest))
+        findings += [*routing.failures, *_overflow(largest)]
         return findings.result(_NAME, "", {"tokens": prompt.ids.numel()})
     metrics = _metrics(compared, routing.whole_everywhere, layers, prompt)
     metrics |= picture_metrics(sources[-1], upcycled)
     if largest:
         metrics["max_float16_value"] = max(largest.values())
-    findings.add(*_overflow(largest))
+    findings += _overflow(largest)
     measured = _in_words(prompt, metrics, layers, expected.source)
     detail = f"This MoE does not promise equality, so it was measured: {expected.reason}."
     is_measured = expected.promise is Promise.NONE
     if not is_measured:
         bound = _EXACT_KL if expected.is_lossless else _ROUNDED_KL[upcycled.expert_dtype]
         detail, failures = _judge(expected, metrics, bound)
-        findings.add(*failures, *routing.failures)
+        findings += [*failures, *routing.failures]
     note = measured if findings else ""
     result = findings.result(_NAME, f"{detail} {measured}", metrics, note, is_measured=is_measured)
     rows = zip(prompt.words, compared.kl.reshape(prompt.ids.shape).tolist(), strict=True)

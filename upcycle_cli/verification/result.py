@@ -159,10 +159,6 @@ def _check_json(check: CheckResult, *, full: bool) -> dict[str, Any]:
 class Findings(list[str]):
     """Collects failures; the result shows the first few and counts the rest."""
 
-    def add(self, *failures: str) -> None:
-        """Note failures."""
-        self.extend(failures)
-
     def result(
         self,
         name: str,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
     Hashes = NDArray[np.uint64]
 
+_MOST_FIT_ERROR = 0.05
+"""How far the same calibration on another machine may move a router row, relatively."""
 _BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 
 
@@ -64,16 +65,15 @@ class _Neurons:
         left = np.ones(len(self.seen), np.bool_)
         # Places that were not seen belong to a shared expert, and are as in the first group.
         left[order[~self.seen]] = False
-        # All parts together distinguish twins. If one part is damaged, the others give the order.
-        for count in range(len(self.held), 0, -1):
-            for parts in combinations(self.held, count):
-                held = np.sum([self.held[part] for part in parts], axis=0)[self.seen]
-                wanted = np.sum([self.wanted[part] for part in parts], axis=0)[left]
-                by_held, by_wanted = (np.argsort(each, kind="stable") for each in (held, wanted))
-                if np.array_equal(held[by_held], wanted[by_wanted]):
-                    places = np.flatnonzero(self.seen)[by_held]
-                    order[places] = np.flatnonzero(left)[by_wanted]
-                    return order
+        # All parts together distinguish twins. If some are damaged, one of the others may do.
+        for parts in ([*self.held], *([part] for part in self.held)):
+            held = np.sum([self.held[part] for part in parts], axis=0)[self.seen]
+            wanted = np.sum([self.wanted[part] for part in parts], axis=0)[left]
+            by_held, by_wanted = (np.argsort(each, kind="stable") for each in (held, wanted))
+            if np.array_equal(held[by_held], wanted[by_wanted]):
+                places = np.flatnonzero(self.seen)[by_held]
+                order[places] = np.flatnonzero(left)[by_wanted]
+                return order
         return None
 
 
@@ -113,15 +113,11 @@ class Unbound:
         if tensor.layer is None or tensor.layer not in self._fitted:
             return
         again_EH = as_float32(self._fitted[tensor.layer].rows, tensor.dtype, rows_EH.shape)
-        pairs = zip(rows_EH.astype("f8"), again_EH.astype("f8"), strict=True)
-        for row, (one_H, other_H) in enumerate(pairs):
-            lengths = np.linalg.norm(one_H), np.linalg.norm(other_H)
-            cosine = one_H @ other_H / max(lengths[0] * lengths[1], 1e-30)
-            if not (cosine >= 0.999 and 0.95 <= lengths[0] / lengths[1] <= 1.05):
-                yield (
-                    f"{tensor.name}: another calibration gives a different row for group {row} "
-                    f"(cosine {cosine:.4f})"
-                )
+        errors_E, lengths_E = (
+            np.linalg.norm(each.astype("f8"), axis=1) for each in (rows_EH - again_EH, again_EH)
+        )
+        for row in np.flatnonzero(~(errors_E <= _MOST_FIT_ERROR * lengths_E)):
+            yield f"{tensor.name}: another calibration gives a different row for group {row}"
 
     def look_at(self, tensor: OutputTensor, held: memoryview, dtype: str) -> None:
         """Note the neurons of a tensor of experts."""

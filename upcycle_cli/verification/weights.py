@@ -21,10 +21,10 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint, Reader
 from upcycle_cli.checkpoint.mapped_files import DiskRanges
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.plan.calibration import Calibration
-from upcycle_cli.plan.expressions import Cast, Expr, leaves, num_bytes
+from upcycle_cli.plan.expressions import Expr, num_bytes
 from upcycle_cli.plan.output import OutputTensor, Role
 from upcycle_cli.plan.plan import Plan
-from upcycle_cli.verification.explain import Explainer, Place
+from upcycle_cli.verification.explain import Explainer, Place, stored_leaves
 from upcycle_cli.verification.rebuild import is_fitted, why_unproven
 from upcycle_cli.verification.result import TRAINED, CheckResult, Findings
 from upcycle_cli.verification.unbound import Unbound, is_unbound
@@ -52,7 +52,7 @@ def check_weights(
     `recorded` SHA-256 of their tensor.
     """
     findings, notes, strange = Findings(), list[str](), list[str]()
-    tensors, widened = _matched(plan, moe, findings)
+    tensors, dtypes = _matched(plan, moe, findings), {k: e.dtype for k, e in moe.tensors.items()}
     unproven = why_unproven(plan) if fitted is None else None
     if unproven is None and is_fitted(plan) and fitted is None:
         from upcycle_cli.calibrate.collect import calibrate
@@ -61,7 +61,7 @@ def check_weights(
     with plan.reader() as source, moe.reader() as held:
         unbound = Unbound(source, {} if fitted is None else fitted.layers, recorded or {})
         for tensor in (tensor for tensor in tensors if is_unbound(tensor.expr)):
-            stored = held.mapped(tensor.name), moe.tensors[tensor.name].dtype
+            stored = held.mapped(tensor.name), dtypes[tensor.name]
             if tensor.role is Role.ROUTER:
                 strange += unbound.read_rows(tensor, *stored)
             else:
@@ -70,19 +70,15 @@ def check_weights(
         strange += unbound.find_orders()
         exprs = {tensor.name: unbound.bind(tensor.expr) for tensor in tensors}
         compared = {name: expr for name, expr in exprs.items() if not is_unbound(expr)}
-        scan = _Scan(source, held, watch)
-        differing = scan.run(
-            {
-                name: [Cast(leaf, "F32") if name in widened else leaf for leaf in leaves(expr)]
-                for name, expr in compared.items()
-            }
+        differing = _Scan(source, held, watch).run(
+            {name: [*stored_leaves(expr, dtypes[name])] for name, expr in compared.items()}
         )
         words = Explainer(plan, moe, exprs, source, held).explain(differing)
         if not any(each.startswith(TRAINED) for each in words):  # training explains them as well
-            findings.add(*strange)
-        findings.add(*words)
-    if widened:
-        notes.append(f"{len(widened)} tensors have a wider dtype than planned, without loss.")
+            findings += strange
+        findings += words
+    if widened := sum(tensor.dtype != dtypes[tensor.name] for tensor in tensors):
+        notes.append(f"{widened} tensors have a wider dtype than planned, without loss.")
     if unbound.orders:
         notes.append(f"{len(unbound.orders)} neuron orders were found from the weights.")
     if skipped := len(tensors) - len(compared):
@@ -101,26 +97,21 @@ def check_weights(
     return findings.result(NAME, passed, metrics, " ".join(notes), is_measured=is_measured)
 
 
-def _matched(
-    plan: Plan, moe: Checkpoint, findings: Findings
-) -> tuple[list[OutputTensor], set[str]]:
-    """Return the tensors to compare, and the names of tensors with a wider dtype."""
-    wanted = {tensor.name: tensor for tensor in plan.tensors}
-    found, widened = list[OutputTensor](), set[str]()
-    findings.add(*(f"{name} is missing" for name in wanted if name not in moe.tensors))
-    findings.add(*(f"{name} should not be there" for name in moe.tensors if name not in wanted))
+def _matched(plan: Plan, moe: Checkpoint, findings: Findings) -> list[OutputTensor]:
+    """Return the tensors to compare; they have the planned dtype or float32."""
+    wanted, found = {tensor.name: tensor for tensor in plan.tensors}, list[OutputTensor]()
+    findings += (f"{name} is missing" for name in wanted if name not in moe.tensors)
+    findings += (f"{name} should not be there" for name in moe.tensors if name not in wanted)
     for name in (name for name in wanted if name in moe.tensors):
         tensor, entry = wanted[name], moe.tensors[name]
         if entry.shape != tensor.shape:
-            findings.add(f"{name} has shape {list(entry.shape)} instead of {list(tensor.shape)}")
+            findings.append(f"{name} has shape {list(entry.shape)} instead of {list(tensor.shape)}")
         elif entry.dtype not in (tensor.dtype, "F32"):
-            findings.add(f"{name} is {entry.dtype} instead of {tensor.dtype}")
+            findings.append(f"{name} is {entry.dtype} instead of {tensor.dtype}")
         else:
             found.append(tensor)
-            if entry.dtype != tensor.dtype:
-                widened.add(name)
     found.sort(key=lambda tensor: (moe.tensors[tensor.name].shard, moe.tensors[tensor.name].offset))
-    return found, widened
+    return found
 
 
 @dataclass
