@@ -19,9 +19,7 @@ from upcycle_cli.checkpoint.storage import (
     CONFIG_NAME,
     RECORD_NAME,
     Storage,
-    find_others,
     read_json,
-    refuse_missing,
 )
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_settings
 from upcycle_cli.core.callbacks import Progress
@@ -239,7 +237,9 @@ def _skipped(name: str, detail: str) -> CheckResult:
 
 def _check_kinds(moe: Path, sources: Sequence[Path]) -> bool:
     """Whether the MoE grew from the first source, an MoE; UpcycleError for the wrong models."""
-    _require_config(moe, "MoE")
+    for path in (moe, *sources):
+        if not Storage(path).has(CONFIG_NAME):
+            open_checkpoint(path)  # which says what is missing
     try:
         config = read_json(Storage(moe).local(CONFIG_NAME))
     except UpcycleError:
@@ -248,27 +248,13 @@ def _check_kinds(moe: Path, sources: Sequence[Path]) -> bool:
         order = " The dense model comes first: upcycle verify DENSE MOE."
         raise _wrong_kind(moe, config, "an MoE that upcycle makes", is_known(config) * order)
     for path in sources:
-        _require_config(path, "dense model")
         config = read_json(Storage(path).local(CONFIG_NAME))
         grows = is_moe(config) and is_target(config) and wrapper_of(config) is None
         if grows and path is sources[0]:
-            if path.resolve() != moe.resolve():
-                return True
-            raise UpcycleError(
-                f"{path} is given twice.",
-                "The dense model comes first, or the smaller MoE that the other one grew from.",
-            )
+            return True
         if is_moe(config) or not is_known(config):
             raise _wrong_kind(path, config, "a dense model that upcycle reads")
     return False
-
-
-def _require_config(path: Path, what: str) -> None:
-    hint = f"Give the directory of the {what}."
-    refuse_missing(path, hint)
-    if not Storage(path).has(CONFIG_NAME):
-        no_model = f"{path} has no {CONFIG_NAME}."
-        raise find_others(Storage(path)) or UpcycleError(no_model, hint)
 
 
 def _wrong_kind(path: Path, config: dict[str, Any], kind: str, hint: str = "") -> UpcycleError:
