@@ -296,7 +296,7 @@ def _large_shared_expert(held: Tensors) -> None:
         (tensors(lambda t: t.pop(EXPERT)), f"lacks {EXPERT}"),
         (tensors(lambda t: t.update({NORM: torch.ones(31)})), "but config.json implies [32]"),
         (tensors(lambda t: t.update({DOWN: torch.ones(32, 30)})), "has shape [32, 30], but"),
-        (tensors(lambda t: t.update({NORM: t[NORM].int()})), f"{NORM} is I32"),
+        (tensors(lambda t: t.update({NORM: t[NORM].int()})), f"{NORM} is stored as I32"),
         (tensors(lambda t: t[NORM].fill_(math.nan)), "logits of the MoE are not"),
         (config(num_local_experts="four"), "num_local_experts must be a positive integer"),
         (config(num_hidden_layers=10**9), "1000000000 layers of 4 experts are more"),

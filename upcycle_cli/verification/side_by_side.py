@@ -10,14 +10,12 @@ Legend: P positions, K sampled positions, H hidden size.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
@@ -34,18 +32,15 @@ _SAMPLED = 64
 
 def rounding(dense: LazyModel, moe: LazyModel) -> Round | None:
     """Return the dtype that each dense weight has in the MoE; None if no weight is rounded."""
-    count: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for entry in moe.checkpoint.tensors.values():
-        count[len(entry.shape) > 1][entry.dtype] += entry.num_elements
-    # MLP weights have other names in the MoE, so they get the usual dtype of matrices.
-    usual = {
-        is_matrix: getattr(torch, TORCH_DTYPES[of.most_common(1)[0][0]]) if of else torch.float32
-        for is_matrix, of in count.items()
-    }
+    assert moe.experts is not None
+    # MLP weights have other names in the MoE: those of its experts' matrices and biases.
+    names = [weight.name for weight in moe.experts.target.in_memory.experts]
+    experts = (moe.weights.get(f"layers.{moe.experts.layers[0]}.{name}") for name in names)
+    usual = {len(held.shape): held.dtype for held in experts if held is not None}
 
     def round_to(name: str, stored: torch.Tensor | Computed) -> torch.dtype:
         held = moe.weights.get(name)
-        dtype = usual[len(stored.shape) > 1] if held is None else held.dtype
+        dtype = usual.get(len(stored.shape), torch.float32) if held is None else held.dtype
         return stored.dtype if dtype == torch.float32 else dtype
 
     narrower = (round_to(name, held) != held.dtype for name, held in dense.weights.items())
