@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,16 +91,16 @@ class Softmax:
 
 
 class Divergence:
-    """KL(p ‖ q) in nats at each position, over the blocks added so far."""
+    """How far two predictions are apart at each position, over the blocks added so far."""
 
-    def __init__(self, positions: int) -> None:
-        self._gap_P = torch.zeros(positions, dtype=torch.double)
-        self._curve_P = torch.zeros(positions, dtype=torch.double)
-        self.most = torch.zeros(positions)
+    def __init__(self, p: Softmax, q: Softmax) -> None:
+        self.p, self.q = p, q
+        self._gap_P, self._curve_P = (torch.zeros_like(p.normalizer) for _ in range(2))
+        self.most = torch.zeros_like(p.largest)
 
-    def add(self, p: Softmax, p_PV: torch.Tensor, q_PV: torch.Tensor, fade_P: torch.Tensor) -> None:
+    def add(self, p_PV: torch.Tensor, q_PV: torch.Tensor, fade_P: torch.Tensor) -> None:
         """Add a block of logits; `fade_P` is what `p.add` returned for it."""
-        gap_PV, w_PV = p_PV - q_PV, p.weights
+        gap_PV, w_PV = p_PV - q_PV, self.p.weights
         most_P = torch.maximum(gap_PV.amax(-1), -gap_PV.amin(-1))
         self.most = torch.maximum(self.most, most_P)
         gap_P = torch.linalg.vecdot(w_PV, gap_PV)
@@ -114,46 +113,32 @@ class Divergence:
         for total_P, added_P in ((self._gap_P, gap_P), (self._curve_P, curve_P)):
             total_P.mul_(fade_P).add_(added_P)
 
-    def kl(self, p: Softmax, q: Softmax) -> torch.Tensor:
-        """Return KL(p ‖ q)."""
+    @property
+    def kl(self) -> torch.Tensor:
+        """Return KL(p ‖ q) in nats."""
         # With d the difference of the logits, KL is log E[exp(-d)] + E[d]. For small d both terms
         # nearly cancel; E[exp(-d) - 1 + d] loses no digits.
-        gap_P, curve_P = (held / p.normalizer for held in (self._gap_P, self._curve_P))
+        gap_P, curve_P = (held / self.p.normalizer for held in (self._gap_P, self._curve_P))
         change_P = curve_P - gap_P
         near_P = torch.log1p(change_P) - change_P + curve_P
-        far_P = gap_P - p.log_sum + q.log_sum
+        far_P = gap_P - self.p.log_sum + self.q.log_sum
         return torch.where(self.most < _NEAR, near_P, far_P).clamp(min=0)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The predictions of both models at each position (P,), and how far apart they are."""
-
-    published: Softmax
-    rounded: Softmax
-    moe: Softmax
-    kl: torch.Tensor
-    rounding: torch.Tensor
-    conversion: torch.Tensor
-    max_abs_logit_diff: float
-
-
-def compare(endings: Sequence[tuple[Model, Any]], targets_P: torch.Tensor) -> Comparison:
+def compare(endings: Sequence[tuple[Model, Any]], targets_P: torch.Tensor) -> list[Divergence]:
     """Compare the dense model, the same with rounded weights (if it matters), and the MoE.
 
-    Each is a model and the output of its base model; see `logits`.
+    Each is a model and the output of its base model; see `logits`. Returns how far the dense model
+    and the MoE, the dense model and its rounded weights, and these and the MoE are apart.
     """
-    begin, P, moe = 0, len(targets_P), len(endings) - 1
-    found = [Softmax(targets_P) for _ in endings]
-    pairs = whole, rounding, conversion = (0, moe), (0, moe - 1), (moe - 1, moe)
-    divergences = {pair: Divergence(P) for pair in pairs}
-    size = max(1, _BLOCK_LOGITS // P)
+    begin, moe, found = 0, len(endings) - 1, [Softmax(targets_P) for _ in endings]
+    pairs = (0, moe), (0, moe - 1), (moe - 1, moe)
+    divergences = {(p, q): Divergence(found[p], found[q]) for p, q in pairs}
+    size = max(1, _BLOCK_LOGITS // len(targets_P))
     for blocks in zip(*(logits(*ending, size=size) for ending in endings), strict=True):
         fades = [each.add(block, begin) for each, block in zip(found, blocks, strict=True)]
         for (p, q), divergence in divergences.items():
             if p != q:
-                divergence.add(found[p], blocks[p], blocks[q], fades[p])
+                divergence.add(blocks[p], blocks[q], fades[p])
         begin += blocks[0].shape[1]
-    kl = {(p, q): each.kl(found[p], found[q]) for (p, q), each in divergences.items()}
-    most = float(divergences[whole].most.max())
-    return Comparison(found[0], found[-2], found[-1], kl[whole], kl[rounding], kl[conversion], most)
+    return [divergences[pair] for pair in pairs]

@@ -23,7 +23,7 @@ from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.recipe.options import Promise
 from upcycle_cli.run.lazy_models import lazy_model
 from upcycle_cli.run.models import TransformersError, source_errors
-from upcycle_cli.verification.logit_divergence import Comparison
+from upcycle_cli.verification.logit_divergence import Divergence
 from upcycle_cli.verification.pictures import picture_metrics
 from upcycle_cli.verification.prompts import Prompt, TextOptions, make_prompt
 from upcycle_cli.verification.result import CheckResult, Findings, LayerMeasure, TextMeasure
@@ -130,13 +130,13 @@ def _compare(
     with _moe_errors():
         compared, layers, routing = run_side_by_side(sources, upcycled, prompt, size, watch)
     findings = Findings()
-    for who, softmax in (("MoE", compared.moe), ("dense model", compared.published)):
+    for who, softmax in (("MoE", compared[0].q), ("dense model", compared[0].p)):
         if softmax.not_finite:
             findings.append(f"{softmax.not_finite} logits of the {who} are not finite")
     if findings:
         findings += [*routing.failures, *_overflow(largest)]
         return findings.result(_NAME, "", {"tokens": prompt.ids.numel()})
-    metrics = _metrics(compared, routing.whole_everywhere, layers, prompt)
+    metrics = _metrics(compared, torch.stack(routing.whole).all(0), layers, prompt)
     metrics |= picture_metrics(sources[-1], upcycled)
     if largest:
         metrics["max_float16_value"] = max(largest.values())
@@ -150,7 +150,7 @@ def _compare(
         findings += [*failures, *routing.failures]
     note = measured if findings else ""
     result = findings.result(_NAME, f"{detail} {measured}", metrics, note, is_measured=is_measured)
-    rows = zip(prompt.words, compared.kl.reshape(prompt.ids.shape).tolist(), strict=True)
+    rows = zip(prompt.words, compared[0].kl.reshape(prompt.ids.shape).tolist(), strict=True)
     held = (TextMeasure(tokens=words, kl=row[: len(words)]) for words, row in rows if words)
     return replace(result, layers=tuple(layers), texts=tuple(held))
 
@@ -167,7 +167,7 @@ def _overflow(largest: Mapping[str, float]) -> list[str]:
 
 
 def _metrics(
-    comparison: Comparison,
+    compared: Sequence[Divergence],
     whole_P: torch.Tensor,
     layers: Sequence[LayerMeasure],
     prompt: Prompt,
@@ -177,14 +177,15 @@ def _metrics(
     `rounding` compares the dense model with its rounded weights, `conversion` the rounded model
     with the MoE, `whole` the same at tokens that got whole groups in every layer.
     """
-    p, r, q = comparison.published, comparison.rounded, comparison.moe
-    whole_kl_P, follows_P = comparison.conversion[whole_P], prompt.targets >= 0
+    whole, rounded, conversion = compared
+    p, r, q = whole.p, conversion.p, whole.q
+    whole_kl_P, follows_P = conversion.kl[whole_P], prompt.targets >= 0
     return {
-        "kl_mean": float(comparison.kl.mean()),
-        "kl_max": float(comparison.kl.max()),
-        "kl_mean_rounding": float(comparison.rounding.mean()),
-        "kl_mean_conversion": float(comparison.conversion.mean()),
-        "max_abs_logit_diff": comparison.max_abs_logit_diff,
+        "kl_mean": float(whole.kl.mean()),
+        "kl_max": float(whole.kl.max()),
+        "kl_mean_rounding": float(rounded.kl.mean()),
+        "kl_mean_conversion": float(conversion.kl.mean()),
+        "max_abs_logit_diff": float(whole.most.max()),
         "top1_agreement": float((p.best == q.best).double().mean()),
         "top1_agreement_conversion": float((r.best == q.best).double().mean()),
         "dense_nll": float(p.nll[follows_P].mean()),

@@ -111,7 +111,7 @@ def check_source(record: Record, dense: Checkpoint, moe: Checkpoint, plan: Plan 
                 why = "its config.json differs" if other_config else "one of them has an adapter"
                 raise UpcycleError(
                     f"{moe.path} was made from {printable(name)}, not from {dense.path} ({why}).",
-                    "Give the model that it was made from.",
+                    "The dense model comes first: give the one that it was made from.",
                 )
 
 

@@ -22,18 +22,13 @@ from upcycle_cli.run.models import Model
 
 @dataclass
 class ObservedRouting:
-    """The choices of the routers, by layer."""
+    """The choices of the routers."""
 
-    whole: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Which tokens got whole groups only (S,)."""
+    whole: list[torch.Tensor] = field(default_factory=list)
+    """Which tokens got whole groups only (S,), for each layer that has run."""
     measures: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The router's fields of `LayerMeasure`."""
+    """The router's fields of `LayerMeasure`, by layer."""
     failures: list[str] = field(default_factory=list)
-
-    @property
-    def whole_everywhere(self) -> torch.Tensor:
-        """Which tokens got whole groups in every layer (S,)."""
-        return torch.stack([*self.whole.values()]).all(0)
 
 
 @contextmanager
@@ -68,7 +63,7 @@ def observed_routers(moe: LazyModel, tokens: int, group_size: int) -> Iterator[O
         per_group_SE = picked_SN.reshape(len(picked_SN), -1, group_size).sum(-1)
         whole_S = ((per_group_SE == 0) | (per_group_SE == group_size)).all(-1)
         load_N = torch.bincount(experts_ST.flatten(), minlength=experts.num_experts)
-        found.whole[layer] = whole_S
+        found.whole.append(whole_S)
         found.measures[layer] = {
             "whole_share": float(whole_S.double().mean()),
             # In nats, over the groups' probabilities; and the gap between the two largest of them.

@@ -21,7 +21,7 @@ from upcycle_cli.run.layerwise import Run, started
 from upcycle_cli.run.lazy_models import LazyModel, Round
 from upcycle_cli.run.lazy_weights import Computed
 from upcycle_cli.run.models import source_errors, transformers_errors
-from upcycle_cli.verification.logit_divergence import Comparison, compare
+from upcycle_cli.verification.logit_divergence import Divergence, compare
 from upcycle_cli.verification.prompts import Prompt
 from upcycle_cli.verification.result import LayerMeasure
 from upcycle_cli.verification.routing import ObservedRouting, observed_routers
@@ -53,7 +53,7 @@ def run_side_by_side(
     prompt: Prompt,
     group_size: int,
     watch: Progress,
-) -> tuple[Comparison, list[LayerMeasure], ObservedRouting]:
+) -> tuple[list[Divergence], list[LayerMeasure], ObservedRouting]:
     """Run the dense model, again with rounded weights if that matters, and the MoE.
 
     Raises TransformersError for the MoE, UpcycleError for the dense model.

@@ -93,8 +93,6 @@ class Unbound:
         self._rows: dict[str, bytes] = {}
         self.orders: dict[str, bytes] = {}
         """By stream, as 32-bit integers."""
-        self.why_unbound = "some values depend on data that is not available"
-        """Why some tensors cannot be compared."""
 
     def read_rows(self, tensor: OutputTensor, held: memoryview, dtype: str) -> Iterator[str]:
         """Take the rows of a router from the MoE; yield failures."""
@@ -142,8 +140,7 @@ class Unbound:
         if not is_unbound(found):
             return
         if not (isinstance(found, ex.Gather) and isinstance(found.of, ex.Held)):
-            self.why_unbound = "noise or new neurons hide the order of the neurons"
-            return
+            return  # noise or new neurons hide the order
         if dtype != kind:  # widened without loss, or it will differ
             values = to_float32(matrix.view(NUMPY_DTYPES[dtype]), dtype)
             matrix = rounded(values, kind).view(_BITS[kind])
