@@ -20,6 +20,7 @@ from upcycle_cli.checkpoint.storage import (
     RECORD_NAME,
     Storage,
     read_json,
+    refuse_missing,
 )
 from upcycle_cli.checkpoint.unsafe_settings import refuse_unsafe_settings, unsafe_settings
 from upcycle_cli.core.callbacks import Progress
@@ -237,7 +238,8 @@ def _skipped(name: str, detail: str) -> CheckResult:
 
 def _check_kinds(moe: Path, sources: Sequence[Path]) -> bool:
     """Whether the MoE grew from the first source, an MoE; UpcycleError for the wrong models."""
-    for path in (moe, *sources):
+    for path, what in ((moe, "MoE"), *((path, "dense model") for path in sources)):
+        refuse_missing(path, f"Give the directory of the {what}.")
         if not Storage(path).has(CONFIG_NAME):
             open_checkpoint(path)  # which says what is missing
     try:
