@@ -112,8 +112,7 @@ class MergeRequest:
         models, cycle = [source], [0] * self.source_too
         for place in listed(self.experts_from):
             model = open_source(place)
-            parts = (each.base_and_adapter for each in (*models, model))
-            paths = [[part.path.resolve() for part in each] for each in parts]
+            paths = [[p.path.resolve() for p in m.base_and_adapter] for m in (*models, model)]
             cycle.append(paths.index(paths[-1]))
             models += [model] * (cycle[-1] == len(models))
         if len(models) == 1:

@@ -56,8 +56,7 @@ def model_card(plan: Plan, report: Report | None, repo: str | None = None) -> st
         k = plan.growing.expand
         template, made, title = "growth_card.md", f"x{k}", f", each expert {k} times"
         own = {"expand": k}
-    parts = plan.source.base_and_adapter
-    short_name = "+".join(part.name.rpartition("/")[2] for part in parts)
+    short_name = "+".join(part.name.rpartition("/")[2] for part in plan.source.base_and_adapter)
     shown = {"architecture": plan.target.architecture} | facts(plan)
     location = repo or f"my-org/{repo_name(short_name, f'-{made}')}"
     text = Template((files(__package__) / template).read_text(encoding="utf-8")).substitute(
@@ -151,7 +150,7 @@ def _front_matter(plan: Plan) -> str:
 
     # The Hub refuses a card whose base model is not a repo id.
     repos = (part.repo for each in plan.sources for part in each.base_and_adapter)
-    named = [repo for repo in dict.fromkeys(repos) if repo]
+    named = [*dict.fromkeys(filter(None, repos))]
     base: dict[str, object] = {"base_model": named[0]} if named else {}
     if len(named) > 1:
         base = {"base_model": named, "base_model_relation": "merge"}
