@@ -80,18 +80,14 @@ def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> P
     context, prompts = options.context, options.prompts
     longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
     if context is not None and context > longest:
-        raise UpcycleError(
-            f"a context of {context:,} tokens was asked for, and the model takes {longest:,}.",
-            f"Use a `context` of at most {longest}.",
-        )
+        problem = f"a context of {context:,} tokens was asked for, and the model takes {longest:,}."
+        raise UpcycleError(problem, f"Use a `context` of at most {longest}.")
     length = context or min(ROW_TOKENS, longest)
     given = builtin_texts() if prompts is None else read_texts(prompts, PROMPTS)
     texts, decode, reason = tokenized(dense, given, config.vocab_size)
     if not texts and prompts is not None:
-        raise UpcycleError(
-            f"the prompts {prompts} cannot be used: {reason}.",
-            "Without `prompts`, random tokens are used.",
-        )
+        problem = f"the prompts {prompts} cannot be used: {reason}."
+        raise UpcycleError(problem, "Without `prompts`, random tokens are used.")
     text = [token for share in shares(texts, options.tokens) for token in share]
     if context is not None and text:
         text = (text * (context // len(text) + 1))[:context]
