@@ -29,10 +29,8 @@ def _lfm2_width(values: Mapping[str, Any]) -> int:
 def _gemma4_width(values: Mapping[str, Any]) -> int:
     """Return I if all layers have the same."""
     if values.get("use_double_wide_mlp") and values["num_kv_shared_layers"]:
-        raise UpcycleError(
-            "config.json: use_double_wide_mlp makes some MLPs twice as wide, but all experts need "
-            "one size."
-        )
+        words = "use_double_wide_mlp makes some MLPs twice as wide, but all experts need one size"
+        raise UpcycleError(f"config.json: {words}.")
     return int(values["intermediate_size"])
 
 
@@ -338,15 +336,12 @@ _ROWS: Sequence[DenseFamily] = (
 )
 DENSE: Mapping[str, DenseFamily] = {row.model_type: row for row in _ROWS}
 _TEXT_ROWS: Sequence[DenseFamily] = (
-    DenseFamily("glm4v_text", mlp=_GATE_UP),
-    DenseFamily("glm_ocr_text", mlp=_GATE_UP),
+    *(DenseFamily(name, mlp=_GATE_UP) for name in ("glm4v_text", "glm_ocr_text")),
     DenseFamily("granite4_vision_text", has_obsolete_code=True),
-    DenseFamily("granite_docling_text"),
-    DenseFamily("hunyuan_vl_text"),
+    *map(DenseFamily, ("granite_docling_text", "hunyuan_vl_text")),
     DenseFamily("muse_glimmer_text", **_GEMMA),
     DenseFamily("paddleocr_vl_text", has_obsolete_code=True),
-    DenseFamily("qwen2_vl_text", windows=_LAST_SLIDE),
-    DenseFamily("qwen2_5_vl_text", windows=_LAST_SLIDE),
+    *(DenseFamily(name, windows=_LAST_SLIDE) for name in ("qwen2_vl_text", "qwen2_5_vl_text")),
     DenseFamily("qwen3_vl_text", targets=("qwen3_vl_moe_text",)),
 )
 """Text models that exist only inside wrappers."""
