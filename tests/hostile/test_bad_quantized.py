@@ -71,7 +71,7 @@ ROWS: tuple[tuple[str, Damage, str], ...] = (
     ("a scale beyond bfloat16", first(1e38), f"{WEIGHT}|finite"),
     ("a code that is nan", spoilt(0x7F), f"{WEIGHT}|not finite"),
     ("no scale", dropped(SCALE), f"{SCALE} is missing"),
-    ("no settings", unquantised, "F8_E4M3|quantised"),
+    ("no settings", unquantised, "F8_E4M3|quantization_config"),
     ("a scale without a weight", put(f"{NORM}_scale_inv", torch.ones(1)), f"{NORM}_scale_inv"),
     ("a weight that is not FP8", put(WEIGHT, torch.ones(48, 32)), f"{WEIGHT}"),
     ("two scales", put(f"{WEIGHT}_scale", lambda scale: scale), f"{WEIGHT}_scale"),

@@ -285,10 +285,7 @@ class Reader(MappedFiles):
         return whole[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Return a tensor of the model; it aliases the mapped file if it is not computed.
-
-        Of a computed one, only the entries [begin, end) of the first dimension are computed.
-        """
+        """Return a tensor, which aliases the mapped file, or compute its entries [begin, end)."""
         number, own = self._model(name)
         made = self._checkpoints[number].made.get(own)
         if made is None:
@@ -327,10 +324,7 @@ def open_checkpoint(path: Path | str, *, as_stored: bool = False) -> Checkpoint:
 
 
 def open_storage(storage: Storage, *, as_stored: bool = False) -> Checkpoint:
-    """Open a local or remote checkpoint; UpcycleError when it is missing or damaged.
-
-    FP8 weights are computed when they are read, or left `as_stored`.
-    """
+    """Open a checkpoint, its FP8 weights dequantised or `as_stored`; UpcycleError if damaged."""
     path = storage.path
     if not storage.has(CONFIG_NAME):
         hint = "Give the directory of a Hugging Face checkpoint."

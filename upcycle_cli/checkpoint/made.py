@@ -30,8 +30,6 @@ Read: TypeAlias = Callable[[str], memoryview]
 
 FP8_DTYPES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 """The FP8 dtypes of weights, with their names in ml_dtypes."""
-_POWERS_OF_TWO = "float8_e8m0fnu"
-"""Of scales, which are also stored as U8: their exponents' bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +209,8 @@ def _matrix(source: Source, read: Read) -> NDArray[Any]:
 def _widened(values: NDArray[Any], dtype: str) -> Floats:
     if dtype in NUMPY_DTYPES:
         return to_float32(values, dtype)
-    found: Floats = _table(FP8_DTYPES.get(dtype, _POWERS_OF_TWO))[values]
+    # Scales that are powers of two are also stored as U8: the bytes of their exponents.
+    found: Floats = _table(FP8_DTYPES.get(dtype, "float8_e8m0fnu"))[values]
     return found
 
 

@@ -51,11 +51,10 @@ def dequantized(
     """
     settings = config.get(_KEY)
     weights = [entry for entry in stored.values() if entry.dtype in FP8_DTYPES]
-    if settings is None:
-        if weights:
-            words = f"{weights[0].name} is stored as {weights[0].dtype}, but config.json does not"
-            raise _misfit(f"{words} say how it is quantised ({_KEY}).")
+    if settings is None and not weights:
         return dict(config), {}, {}
+    if settings is None:
+        raise _misfit(f"{weights[0].name} is stored as {weights[0].dtype}, without a {_KEY}.")
     _check_method(settings if isinstance(settings, dict) else {})
     if not weights:
         raise _misfit(f"the weights are quantised ({_KEY} in config.json), but none is FP8.")

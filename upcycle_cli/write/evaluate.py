@@ -275,7 +275,7 @@ def _normal(expr: ex.Normal | ex.RandomLike, std: float, dtype: str) -> NDArray[
 
 
 def _as_slice(places: NDArray[np.intp]) -> Index:
-    """Return places in a row as a slice, which reads without a copy."""
+    # A slice reads without a copy.
     whole = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0)
     return whole if np.array_equal(places, np.arange(whole.start or 0, whole.stop)) else places
 
