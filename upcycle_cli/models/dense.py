@@ -110,9 +110,8 @@ class DenseFamily:
     @property
     def classes(self) -> tuple[str, str, str]:
         """The names of transformers' config, base model and full model, or of the wrapper's."""
-        if self.inside is not None:
-            return self.inside.wrapper.classes
-        return defaults.class_names(self.model_type)
+        outer = self if self.inside is None else self.inside.wrapper
+        return defaults.class_names(outer.model_type)
 
     @property
     def text_model(self) -> str | None:

@@ -186,9 +186,7 @@ class Target(Compact):
         """The class that loads the whole model."""
         if self.ships_code:
             return ARCHITECTURE if self.inside is None else WRAPPED_ARCHITECTURE
-        if self.inside is None:
-            return class_names(self.model_type)[-1]
-        return class_names(self.inside.wrapper.native)[-1]
+        return class_names(self.outer_type)[-1]
 
     @property
     def outer_type(self) -> str:
@@ -210,7 +208,7 @@ class Target(Compact):
         """Whether transformers adds an auxiliary loss in training that balances the experts."""
         if self.ships_code:
             return True
-        wraps = self.inside is None or self.inside.wrapper.has_balancing_loss
+        wraps = self.inside is None or self.inside.wrapper.native_type is not None
         return wraps and "router_aux_loss_coef" in defaults_of(self.model_type)
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias
 
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.models.defaults import class_names, defaults_of
+from upcycle_cli.models.defaults import defaults_of
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX
 
 MODEL_PREFIX = "model."
@@ -52,7 +52,7 @@ class Wrapper:
     natives: tuple[str, ...] = ()
     """The targets that a wrapper of transformers can hold."""
     native_type: str | None = None
-    """The model type of that wrapper, if it is another one."""
+    """The model type of that wrapper, if it is another one, which adds the balancing loss."""
     ties_by_text: bool = False
     """Whether the text model's config can tie the head, too."""
     is_flat: bool = False
@@ -65,16 +65,6 @@ class Wrapper:
     """The same of the text model."""
     kept: Names = ()
     """More of them, which shipped code keeps: transformers renames these for it, too."""
-
-    @property
-    def classes(self) -> tuple[str, str, str]:
-        """Its config, base model and full model in transformers."""
-        return class_names(self.model_type)
-
-    @property
-    def has_balancing_loss(self) -> bool:
-        """Whether its native classes add the text model's auxiliary loss in training."""
-        return self.native_type is not None
 
     @property
     def native(self) -> str:

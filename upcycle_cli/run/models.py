@@ -24,6 +24,7 @@ from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.storage import CONFIG_NAME, GENERATION_NAME, UNREAD, read_json
 from upcycle_cli.core.errors import UpcycleError, lack_in_words
 from upcycle_cli.core.safe_files import matches
+from upcycle_cli.models.defaults import class_names
 from upcycle_cli.models.lookup import family_of
 from upcycle_cli.models.shipped import UPCYCLED_PREFIX, auto_map, modeling_code
 from upcycle_cli.models.wrappers import wrapper_of
@@ -215,7 +216,7 @@ def _classes(model_type: str) -> ModuleType:
     """Return a module with the code that is shipped with a model type."""
     config = {"model_type": model_type}
     wrapper = wrapper_of(config)
-    shipped = (wrapper or family_of(config)).classes
+    shipped = class_names((wrapper or family_of(config)).model_type)
     module = ModuleType(f"{__package__}.{model_type}")
     sys.modules[module.__name__] = module
     module.__file__ = f"<{module.__name__}>"
