@@ -229,6 +229,7 @@ def test_a_repo_like_a_directory(
 ) -> None:
     dense = save_fp8(make_dense("llama"), tmp_path / "fp8")
     hub.store.upload("org/fp8", dense)
+    assert "FP8 computed in bfloat16" in run("inspect", "org/fp8").stdout
     run("convert", "org/fp8", tmp_path / "moe", "--recipe", "E2G2T2", "--dtype", "float16")
     options = Options(dtype="float16")
     local = convert(dense, tmp_path / "local", Recipe("E2G2T2"), options=options).output

@@ -231,7 +231,9 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
         parameters += f", {parameter_text(inspection.active_parameters)} active{origin}"
     yield "parameters", [parameters]
     shards = counted(len(checkpoint.shards), "shard")
-    yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}"]
+    dtype = checkpoint.dequantized_to
+    note = "" if dtype is None else f", FP8 computed in {dtype}"
+    yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}{note}"]
     if checkpoint.adapter is not None:
         yield "adapter", [adapter_text(checkpoint.adapter)]
     if inspection.kind == "moe":
