@@ -237,6 +237,11 @@ def other_format(moe: Path) -> None:
     save_file(load_file(path), path, metadata={"format": "mlx"})
 
 
+def no_tensors(moe: Path) -> None:
+    save_file({}, moe / "model.safetensors", metadata={"format": "pt"})
+    config(use_cache=3)(moe)
+
+
 FILES: tuple[Row, ...] = (
     *((min(each), config(**each), f"config.json: {min(each)}") for each in SETTINGS),
     *((name, written(name, "{}"), name) for name in READ),
@@ -270,6 +275,7 @@ FILES: tuple[Row, ...] = (
     ("wrong sums", written("SHA256SUMS", f"{'0' * 64}  config.json\n"), "SHA256SUMS describes"),
     ("sums elsewhere", written("SHA256SUMS", f"{'0' * 64}  ../x\n"), "SHA256SUMS"),
     ("another format", other_format, "loaders want 'pt'"),
+    ("no tensors", no_tensors, "config.json: use_cache is 3"),
     ("E of the record", record("recipe/expansion", 4), "num_local_experts is 4 instead of 8"),
     ("G of the record", record("recipe/granularity", 1), "intermediate_size is 32 instead of 64"),
     ("T of the record", record("recipe/top_k", 4), "num_experts_per_tok is 2 instead of 4"),

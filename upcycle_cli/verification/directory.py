@@ -149,8 +149,9 @@ def _config_failures(
     found = [*_differences(wanted, moe.config)]
     if not found:
         return
-    largest = max(moe.tensors.values(), key=lambda entry: entry.nbytes)
-    stored = TORCH_DTYPES.get(largest.dtype, "")
+    entries = moe.tensors.values()
+    _, dtype = max(((entry.nbytes, entry.dtype) for entry in entries), default=(0, ""))
+    stored = TORCH_DTYPES.get(dtype, "")  # of the largest tensor
     if _means_the_same(_with_dtype(wanted, moe.config, stored), moe.config):
         notes.append(f"transformers saved {CONFIG_NAME} again; it means the same.")
         return
