@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from conftest import (
     SPECIAL,
@@ -284,8 +283,6 @@ ROWS: list[Row] = [
 def save_wrapper(path: Path, wrapper: str, text: str, around: Mapping[str, Any]) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 
-    if wrapper in ("fast_vlm", "gemma3n", "perception_lm"):
-        pytest.importorskip("timm")  # holds the vision tower
     inner = {**_TEXT, **TEXTS.get(text, {}), "model_type": text}
     config = CONFIG_MAPPING[wrapper](**{**AROUND[wrapper], **around, "text_config": inner})
     model = AutoModelForImageTextToText.from_config(config)

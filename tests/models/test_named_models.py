@@ -80,8 +80,6 @@ ATTENTION: Mapping[str, Mapping[str, str]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_attention_of_released_models(name: str, tmp_path: Path) -> None:
-    if name in ("Perception LM 1B", "Gemma 3n E2B"):
-        pytest.importorskip("timm")  # holds the vision tower
     found = {facts.name: facts.attention for facts in inspect(hollow(tmp_path, name)).becomes}
     expected = ATTENTION[name]
     assert {target: found[target] for target in expected} == expected
