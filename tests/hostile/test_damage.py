@@ -431,6 +431,16 @@ def test_code_that_is_not_ours_never_runs(
     assert not (moe / f"{CODE}.ran").exists()
 
 
+def test_a_script_beside_the_model_does_not_keep_it_from_running(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    dense, moe = make_dense("nemotron"), tmp_path / "moe"
+    convert(dense, moe, RECIPE)
+    (moe / "train.py").write_text("raise SystemExit")
+    report = verify(dense, moe, checks=["outputs"])
+    assert report.status is Status.PASSED, text_of(report)
+
+
 GUARDED = """
 import sys
 from upcycle_cli import verify
