@@ -438,7 +438,8 @@ def test_a_script_beside_the_model_does_not_keep_it_from_running(
     convert(dense, moe, RECIPE)
     (moe / "train.py").write_text("raise SystemExit")
     report = verify(dense, moe, checks=["outputs"])
-    assert report.status is Status.PASSED, text_of(report)
+    (outputs,) = report.checks
+    assert outputs.status is Status.PASSED, text_of(report)
 
 
 GUARDED = """
