@@ -167,8 +167,10 @@ def push(
     found = _check_complete(directory, destination.repo)
     files = {name: directory / name for name in found.own}
     has_report = REPORT_NAME in files
-    card = read_small(files[CARD_NAME]).decode(errors="replace")
-    card = card_for_repo(card, repo, with_report=has_report)
+    try:
+        card = card_for_repo(read_small(files[CARD_NAME]).decode(), repo, with_report=has_report)
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{files[CARD_NAME]} is not UTF-8 text.", "Save it as UTF-8.") from error
     with client.hub_session(destination.repo, destination.revision):
         info = _create_repo(destination)
         existing, head = client.file_sizes(info), client.checked_commit(info.sha)
