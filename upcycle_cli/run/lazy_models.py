@@ -121,10 +121,8 @@ def lazy_model(
     if is_target(checkpoint.config):
         experts = find_experts(checkpoint)
         target, mlp = experts.target, experts.target.in_memory.block
-        find, parts = (
-            _finder(checkpoint, target.inside, target.name_prefix, "model."),
-            {*experts.part_names},
-        )
+        find = _finder(checkpoint, target.inside, target.name_prefix, "model.")
+        parts = {*experts.part_names}
         stacks = {
             (layer, weight.name): Stack(partial(expert, layer, weight))
             for layer in experts.layers
@@ -133,10 +131,8 @@ def lazy_model(
         }
     else:
         family = dense_family(checkpoint.config, checkpoint.tensors)
-        find, mlp = (
-            _finder(checkpoint, family.inside, "", family.root),
-            family.mlp[0].name.split(".")[0],
-        )
+        find = _finder(checkpoint, family.inside, "", family.root)
+        mlp = family.mlp[0].name.split(".")[0]
 
     def tensor(disk_name: str, name: str) -> Stored | None:
         found = find(disk_name)
