@@ -201,6 +201,10 @@ def test_every_way_to_make_experts(
     assert drift.movement is not None
 
 
+def card_of(output: Path) -> str:
+    return (output / "README.md").read_text()
+
+
 @pytest.mark.parametrize("rest", ["first", "mean"])
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_experts_of_several_models(
@@ -212,6 +216,7 @@ def test_experts_of_several_models(
     done = convert(models[0], tmp_path / "moe", Recipe("E2G2T2"), merge=merge, options=options)
     report = verify(models[0], done.output, experts_from=models[1:], texts=FEW, allow_inexact=True)
     assert not [check for check in report.checks if check.failures], report
+    assert f"| source weights | FP8, computed in {dtype or 'bfloat16'}" in card_of(done.output)
     name = "model.layers.0.self_attn.q_proj.weight"
     wide = []
     for source in (open_checkpoint(model).computed_in("F32") for model in models):
@@ -222,6 +227,15 @@ def test_experts_of_several_models(
         kind = torch.float32 if dtype else torch.bfloat16
         assert torch.equal(reader.tensor(name), wanted.to(kind))
     assert made.tensors[name].shape == (32, 32)
+
+
+def test_name_the_models_whose_weights_are_fp8(make_dense: MakeDense, tmp_path: Path) -> None:
+    plain, fp8 = (
+        make_dense("llama", dtype="bfloat16"),
+        save_fp8(make_dense("llama"), tmp_path / "a"),
+    )
+    done = convert(plain, tmp_path / "moe", "E2G2T2", merge=MergeRequest(experts_from=fp8))
+    assert "| source weights | FP8 of a, computed in bfloat16; the output" in card_of(done.output)
 
 
 def test_a_repo_like_a_directory(
@@ -236,4 +250,4 @@ def test_a_repo_like_a_directory(
     one, other = (path / "model.safetensors" for path in (tmp_path / "moe", local))
     assert one.read_bytes() == other.read_bytes()
     assert read_json(local / "upcycle.json")["source"]["dequantized_to"] == "float16"
-    assert "| source weights | FP8, computed in float16" in (local / "README.md").read_text()
+    assert "| source weights | FP8, computed in float16" in card_of(local)

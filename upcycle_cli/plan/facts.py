@@ -48,8 +48,11 @@ def facts(plan: Plan) -> dict[str, str]:
     found["size"] = f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
     if plan.source.adapter is not None:
         found["adapter"] = adapter_text(plan.source.adapter)
-    if (dtype := plan.source.dequantized_to) is not None:
-        found["source weights"] = f"FP8, computed in {dtype}; the output is not quantised"
+    fp8 = {model.name: model.dequantized_to for model in plan.sources if model.dequantized_to}
+    if fp8:
+        of = "" if len(fp8) == len(plan.sources) else f" of {', '.join(fp8)}"
+        words = f"computed in {min(fp8.values())}; the output is not quantised"
+        found["source weights"] = f"FP8{of}, {words}"
     if not grown:
         found |= _weights_of_recipe(plan)
     found["promise"] = _promise(plan)
