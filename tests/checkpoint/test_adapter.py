@@ -269,7 +269,8 @@ def test_refuse_a_change_of_a_tied_embedding(make_dense: MakeDense, tmp_path: Pa
         ("base+org/lora@main", ("base", "org/lora@main")),
         ("org/base@v1+lora", ("org/base@v1", "lora")),
         ("base+absent", ("base", "absent")),
-        ("absent+lora", ("absent+lora", None)),
+        ("absent+lora", ("absent", "lora")),
+        ("absent+missing", ("absent+missing", None)),
         ("base", ("base", None)),
         ("base+", ("base+", None)),
     ],
@@ -286,7 +287,7 @@ def test_split_base_and_adapter(
 def test_say_what_is_missing(base: Path, tmp_path: Path) -> None:
     model = clone(base, tmp_path / "model")
     for adapter, words in (
-        (tmp_path / "absent", "absent does not exist"),
+        (tmp_path / "absent", r"absent does not exist\.\nAfter the \+ stands a LoRA adapter"),
         (model, "model has no adapter_config.json"),
         ("", r"\+ does not exist"),
     ):

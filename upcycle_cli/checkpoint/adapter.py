@@ -52,10 +52,10 @@ _AGAIN = "Download or save the adapter again."
 def open_adapter(storage: files.Storage) -> Checkpoint:
     """Open an adapter, local or remote; UpcycleError if it is damaged or more than plain LoRA."""
     path = storage.path
-    files.refuse_missing(path)
+    hint = "After the + stands a LoRA adapter, as peft's save_pretrained writes it."
+    files.refuse_missing(path, hint)
     for name in (files.ADAPTER_NAME, files.ADAPTER_WEIGHTS_NAME):
         if not storage.has(name):
-            hint = "After the + stands a LoRA adapter, as peft's save_pretrained writes it."
             raise UpcycleError(f"{path} has no {name}.", hint)
     raw = read_small(storage.local(files.ADAPTER_NAME), MOST_JSON_BYTES)
     config, digest = files.json_object(raw, str(path / files.ADAPTER_NAME)), hashlib.sha256(raw)

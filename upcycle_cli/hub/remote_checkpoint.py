@@ -65,6 +65,7 @@ def split_adapter(source: Path | str) -> tuple[str, str | None]:
     signs = () if os.path.exists(text) else re.finditer(r"\+(?=.)", text)  # noqa: PTH110
     bases = [text[: sign.start()] for sign in signs]
     able = [n for n in bases if os.path.isdir(n) or is_repo_id(split_revision(n)[0])]  # noqa: PTH112
+    able = able or [n for n in bases if os.path.isdir(text[len(n) + 1 :])]  # noqa: PTH112
     return (able[-1], text[len(able[-1]) + 1 :]) if able else (text, None)
 
 
