@@ -88,6 +88,7 @@ def test_convert_a_model_with_its_adapter(
         verify(base, tmp_path / "moe")
     report = verify(f"{base}+{adapters[1]}", tmp_path / "moe", checks=["weights"])
     assert report.status == "failed"
+    assert "or made from another model or adapter: " in report.checks[0].failures[0]
 
 
 @pytest.mark.parametrize("rest", ["first", "mean"])
@@ -98,7 +99,9 @@ def test_make_experts_of_adapters(
     dense = [merged(base, adapter, tmp_path / adapter.name) for adapter in adapters]
     for output, others in (("moe", names), ("same", dense)):
         merge = MergeRequest(experts_from=others, rest=rest)
-        convert(base, tmp_path / output, "E3G1T2", merge=merge, verify=True)
+        done = convert(base, tmp_path / output, "E3G1T2", merge=merge, verify=True)
+        left_out = [each for each in done.warnings if "8 tensors of its adapter" in each]
+        assert len(left_out) == (2 if (output, rest) == ("moe", "first") else 0)
     found, same = (read_tensors(tmp_path / name) for name in ("moe", "same"))
     differing = {name for name in found if not (found[name] == same[name]).all()}
     # A merged model is rounded before the mean is taken, a computed one is not.

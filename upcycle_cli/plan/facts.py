@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from upcycle_cli.checkpoint.adapter import adapter_text
+from upcycle_cli.checkpoint.checkpoint import ADAPTER_PREFIX, tensor_of
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.core.display import Row
 from upcycle_cli.core.text import counted, parameter_text, size_text
@@ -48,10 +49,9 @@ def facts(plan: Plan) -> dict[str, str]:
     found["size"] = f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
     if plan.source.adapter is not None:
         found["adapter"] = adapter_text(plan.source.adapter)
-    fp8 = {model.name: model.dequantized_to for model in plan.sources if model.dequantized_to}
-    if fp8:
-        of = "" if len(fp8) == len(plan.sources) else f" of {', '.join(fp8)}"
-        words = f"computed in {min(fp8.values())}; the output is not quantised"
+    if fp8 := [model for model in plan.sources if model.dequantized_to is not None]:
+        of = "" if len(fp8) == len(plan.sources) else f" of {', '.join(m.name for m in fp8)}"
+        words = f"computed in {fp8[0].dequantized_to}; the output is not quantised"
         found["source weights"] = f"FP8{of}, {words}"
     if not grown:
         found |= _weights_of_recipe(plan)
@@ -154,23 +154,31 @@ def warnings(plan: Plan) -> Iterator[str]:
             "noise to their router rows or weights, or use a top-k that chooses only some of them."
         )
     if plan.growing is None:
+        yield from _unused_adapters(plan) if plan.merge else ()
         yield from training_warnings(plan)
         yield from _storage_warnings(plan)
         if len({*plan.family.dense.windows}) > 1:
-            yield (
-                "only some layers have a sliding window, but transformers 4 treats all layers of "
-                f"{plan.target.model_type} alike and computes something else. Use transformers 5."
-            )
+            words = "only some layers have a sliding window, but transformers 4 treats all layers"
+            kind = f"of {plan.target.model_type} alike"
+            yield f"{words} {kind} and computes something else. Use transformers 5."
         if plan.source.config.get("auto_map"):
-            yield (
-                "the model's own code (auto_map) is left out, since transformers itself has "
-                f"{plan.family.dense.model_type}."
-            )
+            words = "the model's own code (auto_map) is left out, since transformers itself has"
+            yield f"{words} {plan.family.dense.model_type}."
     yield from _wrong_software(plan)
     yield from plan.card_metadata.notes
     if left_out := plan.source.storage.left_out():
         words = "not copied, since a link must not lead such a text out of the source"
         yield f"{', '.join(left_out)}: {words}. Put the file itself there, if it belongs there."
+
+
+def _unused_adapters(plan: Plan) -> Iterator[str]:
+    used = {name for tensor in plan.tensors for name in source_names(tensor.expr)}
+    for number, model in enumerate(plan.sources[1:], 1):
+        held = () if model.adapter is None else model.adapter.stored
+        left = [name for name in held if tensor_of(number, ADAPTER_PREFIX + name) not in used]
+        if left:
+            words = f"{model.name} gives experts only, so {counted(len(left), 'tensor')} of its"
+            yield f"{words} adapter are left out, such as {left[0]}. `rest` mean uses all."
 
 
 def _wrong_software(plan: Plan) -> Iterator[str]:
@@ -195,16 +203,12 @@ def training_warnings(plan: Plan) -> Iterator[str]:
     if grouped and recipe.routing is not Routing.SOFTMAX_TOPK and recipe.top_k == recipe.group_size:
         yield _no_gradient(plan)
     if recipe.trains_tied and recipe.routing is Routing.SOFTMAX_TOPK and not target.ships_code:
-        yield (
-            "the first steps of training split virtual groups, which loses the dense model's "
-            "function. Call upcycle_cli.tie_virtual_groups(model) before training."
-        )
+        words = "the first steps of training split virtual groups, which loses the dense model's"
+        yield f"{words} function. Call upcycle_cli.tie_virtual_groups(model) before training."
     frozen = [row.name for row in target.extra_tensors if row.frozen]
     if frozen:
-        yield (
-            f"freeze {' and '.join(frozen)} in training (requires_grad_(False)): its values are so "
-            "small that a few optimizer steps would change the model completely."
-        )
+        words = f"freeze {' and '.join(frozen)} in training (requires_grad_(False)): its values are"
+        yield f"{words} so small that a few optimizer steps would change the model completely."
     if not target.has_balancing_loss:
         words = f"transformers has no loss that balances the experts of {target.outer_type}"
         if target.in_memory.correction_bias is not None:
@@ -246,18 +250,14 @@ def _storage_warnings(plan: Plan) -> Iterator[str]:
     recipe, dtype, size = plan.recipe, plan.expert_dtype, plan.expert_size
     scale = plan.factors.output(plan.family.dense.mlp_kind)
     if dtype == "F16" and scale > 1:
-        yield (
-            f"scaling makes the outputs of experts {scale:g} times larger, and float16 overflows "
-            "above 65504. Use bfloat16, or check with `verify=True`."
-        )
+        words = f"scaling makes the outputs of experts {scale:g} times larger, and float16"
+        yield f"{words} overflows above 65504. Use bfloat16, or check with `verify=True`."
     if 0 < recipe.noise < _LEAST_NOISE.get(dtype, 0.0):
         words = f"{TORCH_DTYPES[dtype]} rounds most of a noise of {recipe.noise:g} away"
         yield f"{words}. Use more noise, or `dtype` float32."
     if ITEM_BYTES[dtype] == 2 and size * 2 % 16:
-        yield (
-            f"rows of experts {size} wide have {size * 2} bytes, but the grouped matrix product of "
-            "transformers needs multiples of 16. Use another granularity."
-        )
+        words = f"rows of experts {size} wide have {size * 2} bytes, but the grouped matrix product"
+        yield f"{words} of transformers needs multiples of 16. Use another granularity."
     if plan.promise is Promise.EXACT and plan.rounded_parts and dtype != "F32":
         part = plan.rounded_parts[-1]
         yield (
