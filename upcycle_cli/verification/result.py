@@ -19,7 +19,7 @@ CHECK_NAMES = ("directory", "weights", "outputs")
 """The checks, in the order in which they run."""
 ENGINE = "engine:"
 """How the name of a check in an engine begins."""
-TRAINED = "these weights were trained"
+TRAINED = "these weights were trained, or made from another model or adapter"
 """How the failure begins that explains all differences of a trained MoE."""
 TEXT_TOKENS = 768
 """How many tokens of text both models run on by default."""
