@@ -120,6 +120,17 @@ def test_make_experts_of_adapters(
             verify(base, tmp_path / "moe", experts_from=wrong, **checks)  # type: ignore[arg-type]
 
 
+def test_tell_adapters_apart_by_what_they_change(base: Path, tmp_path: Path) -> None:
+    """Their configs and headers are equal, and both have the base's gates."""
+    names = [
+        f"{base}+{make_adapter(base, tmp_path / name, target_modules=['down_proj'], seed=seed)}"
+        for seed, name in enumerate(("code", "law"))
+    ]
+    convert(base, tmp_path / "moe", "E3G1T2", merge=MergeRequest(experts_from=names), verify=True)
+    with pytest.raises(UpcycleError, match=r"none of the given models is 'base\+law'"):
+        verify(base, tmp_path / "moe", experts_from=[names[0], names[0]], allow_inexact=True)
+
+
 def test_one_base_is_several_models(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     """A mergekit file names a base with adapters; prompts may name the adapter alone."""
     names = [f"{base}+{adapter}" for adapter in adapters]

@@ -123,6 +123,12 @@ class Checkpoint(Compact):
         return (self,) if self.adapter is None else (replace(self, adapter=None), self.adapter)
 
     @property
+    def changed(self) -> list[str]:
+        """The tensors that the adapter changes."""
+        parts = {name: stored_parts(made) for name, made in self.made.items()}
+        return [n for n in parts if any(p.name.startswith(ADAPTER_PREFIX) for p in parts[n])]
+
+    @property
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(entry.nbytes for entry in self.tensors.values())

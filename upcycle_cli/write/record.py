@@ -66,13 +66,13 @@ def _merged(plan: Plan) -> dict[str, Any]:
     found = plan.how.get("experts_from")
     if found is None:
         return {}
-    # Fine-tuned models of one base have equal headers: a matrix that made experts differs.
-    dense, last = plan.family.dense, plan.family.layers[-1]
-    name = dense.prefix(last) + dense.mlp(plan.source.tensors, last)[0].name
-    models = [
-        other.origin | {"sample": {"tensor": name, "sha256": other.tensor_digest(name)}}
-        for other in plan.sources[1:]
-    ]
+    # Models of one base have equal headers: a matrix that made experts, or an adapter's, differs.
+    dense, last, models = plan.family.dense, plan.family.layers[-1], []
+    for other in plan.sources[1:]:
+        name = dense.prefix(last) + dense.mlp(plan.source.tensors, last)[0].name
+        name = name if other.adapter is None else other.changed[-1]
+        sample = {"tensor": name, "sha256": other.tensor_digest(name)}
+        models.append(other.origin | {"sample": sample})
     return {"experts_from": found | {"models": models}}
 
 
