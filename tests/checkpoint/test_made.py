@@ -153,6 +153,7 @@ EXPRESSIONS: tuple[ex.Expr, ...] = (
     *(ex.Transpose(ex.Slice(made, 0, 1, 23)) for made in MADE),
     ex.Transpose(ex.Concat((ex.Slice(BY_BLOCK, 0, 1, 33), ex.Slice(BY_BLOCK, 0, 0, 8)))),
     ex.Select(STACK, 1),
+    ex.Select(BY_BLOCK, 3),  # a bias of experts
     ex.Slice(ex.Select(STACK, 1), 0, 3, 11),
     STACK,
     ex.RotaryRows(BY_BLOCK, 8, 8),

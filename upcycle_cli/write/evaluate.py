@@ -111,7 +111,7 @@ def _selection(expr: ex.Expr) -> _Selection | None:
         case ex.Dequantize() | ex.LowRank():
             *rows, columns = expr.shape if len(expr.shape) > 1 else (*expr.shape, 1)
             return expr, np.arange(math.prod(rows)), np.arange(columns)
-        case ex.Select(of, index):
+        case ex.Select(of, index) if len(ex.type_of(of).shape) == 3:
             dim, height = 0, ex.type_of(expr).shape[0]
             chosen = slice(index * height, (index + 1) * height)
         case ex.Slice(of, dim, start, stop):
