@@ -75,6 +75,7 @@ ROWS: tuple[tuple[str, Damage, str], ...] = (
     ("a scale without a weight", put(f"{NORM}_scale_inv", torch.ones(1)), f"{NORM}_scale_inv"),
     ("a weight that is not FP8", put(WEIGHT, torch.ones(48, 32)), f"{WEIGHT}"),
     ("two scales", put(f"{WEIGHT}_scale", lambda scale: scale), f"{WEIGHT}_scale"),
+    ("no values", put(WEIGHT, torch.ones(0, 32).to(FP8)), WEIGHT),
     ("a norm without a scale", put(NORM, torch.ones(32).to(FP8)), f"{NORM}_scale_inv is missing"),
     ("transposed", put(SCALE, lambda scale: scale.T), f"{SCALE}|shape|{WEIGHT} needs"),
     ("flat", put(SCALE, lambda scale: scale.flatten()), f"{SCALE}|shape"),

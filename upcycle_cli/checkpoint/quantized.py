@@ -113,9 +113,9 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 def _scaled(
     weight: TensorEntry, scale: TensorEntry, block: tuple[int, int] | None, dtype: str
 ) -> Dequantize:
-    *stack, height, width = weight.shape
+    *stack, height, width = (max(1, size) for size in weight.shape)
     for rows, columns in [block] if block else [(height, width), (1, width)]:
-        grid = (*stack, -(-height // max(1, rows)), -(-width // max(1, columns)))
+        grid = (*stack, -(-height // rows), -(-width // columns))
         # Ones at the end of the shape may be left out.
         if scale.shape == grid[: len(scale.shape)] and scale.num_elements == math.prod(grid):
             break
