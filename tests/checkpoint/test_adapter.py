@@ -16,7 +16,7 @@ from quantised import save_fp8
 from safetensors.torch import load_file, save_file
 from wrapped import save_wrapper
 
-from upcycle_cli import UpcycleError
+from upcycle_cli import Growth, UpcycleError, convert
 from upcycle_cli.hub.remote_checkpoint import open_source, split_adapter
 
 Tensors = dict[str, torch.Tensor]
@@ -117,6 +117,21 @@ def test_an_fp8_base_is_rounded_once(make_dense: MakeDense, tmp_path: Path) -> N
     twice = (held[f"{name}.weight"].float() * wide).bfloat16().float() + (b @ a).float() * 2
     assert not torch.equal(twice.bfloat16(), wanted.bfloat16())
     assert torch.equal(found["lm_head.weight"], lora["base_model.model.lm_head.weight"].bfloat16())
+
+
+def test_replace_fp8_weights(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Their scales are left out, and the rest is dequantised."""
+    base = make_dense("llama", dtype="bfloat16")
+    adapter = make_adapter(
+        base, tmp_path / "lora", target_modules=["up_proj"], modules_to_save=["down_proj"]
+    )
+    source = open_source(f"{save_fp8(base, tmp_path / 'fp8')}+{adapter}")
+    assert source.tensors.keys() == read_tensors(base).keys()
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert "replaces" in source.left_out[f"{name}_scale_inv"]
+    saved = load_file(adapter / ADAPTER_WEIGHTS)[f"base_model.model.{name}"]
+    with source.reader() as reader:
+        assert torch.equal(reader.tensor(name), saved.bfloat16())
 
 
 def check_against_peft(base: Path, adapter: Path, dtype: torch.dtype) -> None:
@@ -250,13 +265,25 @@ def test_refuse_what_is_no_plain_lora(base: Path, adapter: Path, tmp_path: Path,
         assert word in f"{caught.value.message} {caught.value.hint}"
 
 
-def test_refuse_a_change_of_a_tied_embedding(make_dense: MakeDense, tmp_path: Path) -> None:
-    from upcycle_cli import convert
-
+@pytest.mark.parametrize("recipe", ["E2G1T1", Growth(expand=2)])
+def test_refuse_a_change_of_a_tied_embedding(
+    make_dense: MakeDense, tmp_path: Path, recipe: str | Growth
+) -> None:
     tied = make_dense("llama", tie_word_embeddings=True)
     adapter = make_adapter(tied, tmp_path / "lora", target_modules=["embed_tokens"])
+    if isinstance(recipe, Growth):
+        tied = convert(tied, tmp_path / "small", "E2G1T1").output
     with pytest.raises(UpcycleError, match="share"):
-        convert(f"{tied}+{adapter}", tmp_path / "moe", "E2G1T1")
+        convert(f"{tied}+{adapter}", tmp_path / "moe", recipe)
+
+
+def test_refuse_a_base_of_integers(base: Path, adapter: Path, tmp_path: Path) -> None:
+    whole = clone(base, tmp_path / "base")
+    held = {name: each.to(torch.int8) for name, each in read_tensors(base).items()}
+    (whole / "model.safetensors").unlink()
+    save_file(held, whole / "model.safetensors")
+    with pytest.raises(UpcycleError, match="stores as I8"):
+        open_source(f"{whole}+{adapter}")
 
 
 @pytest.mark.parametrize(

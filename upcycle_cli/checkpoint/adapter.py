@@ -80,6 +80,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     Raises UpcycleError for tensors that do not fit the base or the adapter's config.
     """
     path, made = adapter.path / files.ADAPTER_WEIGHTS_NAME, dict[str, Made](base.made)
+    left_out = dict(base.left_out)
     pairs = dict[tuple[str, bool], dict[str, Source]]()
     for name, entry in adapter.tensors.items():
         own = name.removeprefix(_PREFIX)
@@ -98,6 +99,8 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
             words = f"{name} has shape {[*source.shape]}, but {[*held.shape]} in {base.path}"
             hint = f"If the vocabulary was resized: {files.MERGE_WITH_PEFT}"
             raise UpcycleError(f"{path}: {words}.", hint)
+        if isinstance(old := made.get(held.name), Dequantize) and old.scale is not None:
+            left_out[old.scale.name] = "the adapter replaces the weight of this scale"
         made[held.name] = Dequantize(source, None, (1, 1), held.dtype)
     for (module, of_embedding), pair in pairs.items():
         held = _held(base, f"{module}.weight", path)
@@ -107,7 +110,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
         if isinstance(of, LowRank):
             raise UpcycleError(f"{path} changes {held.name} twice.", _AGAIN)
         made[held.name] = LowRank(of, pair["A"], pair["B"], factor, turned, held.dtype)
-    return replace(base, made=made, adapter=adapter)
+    return replace(base, made=made, left_out=left_out, adapter=adapter)
 
 
 def adapter_text(adapter: Checkpoint) -> str:
@@ -119,8 +122,12 @@ def _held(base: Checkpoint, name: str, path: Path) -> Source:
     """Return the base's tensor of this name in memory; UpcycleError without one."""
     for memory, disk in _SPELLINGS:
         entry = base.tensors.get(disk + name.removeprefix(memory))
-        if entry is not None and name.startswith(memory):
-            return Source(entry.name, entry.dtype, entry.shape)
+        if entry is None or not name.startswith(memory):
+            continue
+        if entry.dtype not in TORCH_DTYPES:
+            words = f"{path} changes {name}, which {base.path} stores as {entry.dtype}."
+            raise UpcycleError(words, f"Only {', '.join(TORCH_DTYPES)} can be changed.")
+        return Source(entry.name, entry.dtype, entry.shape)
     hint = "Give the base model of this adapter. A head that is tied cannot be changed alone."
     raise UpcycleError(f"{path} changes {name}, which {base.path} does not have.", hint)
 

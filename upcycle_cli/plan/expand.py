@@ -25,7 +25,7 @@ from upcycle_cli.models.moe_experts import Experts, find_experts
 from upcycle_cli.plan.expressions import Expr, Repeat, Select, Slice, Stack, joined, type_of
 from upcycle_cli.plan.output import Options, OutputTensor, Role, fill_shards
 from upcycle_cli.plan.plan import Growing, Plan
-from upcycle_cli.plan.validate import check_tensors
+from upcycle_cli.plan.validate import check_tensors, refuse_changes
 from upcycle_cli.recipe.recipe import MAX_EXPERTS, ExpertLayout, Growth
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -152,6 +152,8 @@ class _Grower:
         """Raise UpcycleError unless each layer has the tensors of the first layer of its kind."""
         experts, target, tensors = self.experts, self.experts.target, self.experts.moe.tensors
         tied = bool(target.value(experts.moe.config, "tie_word_embeddings"))
+        if tied:
+            refuse_changes(experts.moe, (_EMBEDDING, target.head))
         wanted = {*names.get(None, ()), *_ALWAYS, *(() if tied else (target.head,))}
         first: dict[object, set[str]] = {}
         shapes: dict[str, tuple[int, ...]] = {}

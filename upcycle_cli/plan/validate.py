@@ -30,11 +30,16 @@ def check_source(source: Checkpoint, dense: DenseModel) -> dict[str, str]:
     counters = {name for name, entry in source.tensors.items() if entry.dtype in COUNTERS}
     around = {name for name in counters if not dense.family.has(name)}
     check_tensors(source, shapes, {*dropped, *around})
-    if source.adapter is not None and dense.values.get("tie_word_embeddings"):
-        for name in {dense.family.embedding, head} & source.made.keys():
-            words = f"changes {name}, which embedding and head share (tie_word_embeddings)"
-            raise UpcycleError(f"{source.adapter.path} {words}.", MERGE_WITH_PEFT)
+    if dense.values.get("tie_word_embeddings"):
+        refuse_changes(source, (dense.family.embedding, head))
     return dropped
+
+
+def refuse_changes(source: Checkpoint, tied: Collection[str]) -> None:
+    """Raise UpcycleError if an adapter changes a tied embedding or head."""
+    for name in {*tied} & {*source.changed}:
+        words = f"the adapter changes {name}, which embedding and head share (tie_word_embeddings)"
+        raise UpcycleError(f"{source.location}: {words}.", MERGE_WITH_PEFT)
 
 
 def check_tensors(
