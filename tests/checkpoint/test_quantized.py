@@ -201,6 +201,15 @@ def test_every_way_to_make_experts(
     assert drift.movement is not None
 
 
+def test_inspect_compares_with_what_convert_computed(make_dense: MakeDense, tmp_path: Path) -> None:
+    dense = save_fp8(make_dense("llama"), tmp_path / "fp8")
+    done = convert(dense, tmp_path / "moe", "E2G2T2", options=Options(dtype="float32"))
+    drift = inspect(done.output, weights=True, dense=dense).weights
+    assert drift is not None
+    assert drift.movement is not None
+    assert not any(any(layer.moved) for layer in drift.movement)
+
+
 def card_of(output: Path) -> str:
     return (output / "README.md").read_text()
 

@@ -52,7 +52,7 @@ _AGAIN = "Download or save the adapter again."
 def open_adapter(storage: files.Storage) -> Checkpoint:
     """Open an adapter, local or remote; UpcycleError if it is damaged or more than plain LoRA."""
     path = storage.path
-    hint = "After the + stands a LoRA adapter, as peft's save_pretrained writes it."
+    hint = "After the + stands a LoRA adapter in safetensors, as peft's save_pretrained writes it."
     files.refuse_missing(path, hint)
     for name in (files.ADAPTER_NAME, files.ADAPTER_WEIGHTS_NAME):
         if not storage.has(name):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_cli.checkpoint.adapter import adapter_text
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
+from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import RECORD_NAME
 from upcycle_cli.core.callbacks import Progress
 from upcycle_cli.core.display import Result, Row
@@ -174,14 +175,16 @@ def _inspect_moe(
     recorded = parameters.get("dense") if isinstance(parameters, dict) else None
     if weights:
         if len(sources) == 1 and isinstance((experts.record or {}).get("experts_from"), dict):
-            raise UpcycleError(
-                f"{checkpoint.path} has experts of several models by its {RECORD_NAME}, and only "
-                f"{sources[0].path} is given.",
-                "Name all of them with `experts_from`.",
+            words = (
+                f"{checkpoint.path} has experts of several models by its {RECORD_NAME}, and only"
             )
+            hint = "Name all of them with `experts_from`."
+            raise UpcycleError(f"{words} {sources[0].path} is given.", hint)
         from upcycle_cli.inspection.experts import examine_weights
 
-        facts = examine_weights(experts, sources)
+        dtypes = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+        dtype = dtypes.get(str((experts.record or {}).get("dtype")))
+        facts = examine_weights(experts, [each.computed_in(dtype) for each in sources])
     if text is not None:
         from upcycle_cli.inspection.expert_load import measure_expert_load
 
