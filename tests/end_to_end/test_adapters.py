@@ -129,6 +129,8 @@ def test_tell_adapters_apart_by_what_they_change(base: Path, tmp_path: Path) -> 
     convert(base, tmp_path / "moe", "E3G1T2", merge=MergeRequest(experts_from=names), verify=True)
     with pytest.raises(UpcycleError, match=r"none of the given models is 'base\+law'"):
         verify(base, tmp_path / "moe", experts_from=[names[0], names[0]], allow_inexact=True)
+    dense = [merged(base, tmp_path / name, tmp_path / f"{name}-whole") for name in ("code", "law")]
+    convert(base, tmp_path / "same", "E3G1T2", merge=MergeRequest(experts_from=dense), verify=True)
 
 
 def test_one_base_is_several_models(base: Path, adapters: list[Path], tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def _merge(record: Record, others: Sequence[Checkpoint]) -> Merge | None:
         names = ", ".join(shown(model["name"]) for model in models)
         for model in models:
             fitting = [each for each in others if _is_recorded(each, model)]
-            found += fitting[:1]
+            found += sorted(fitting, key=found.__contains__)[:1]  # another one, if several fit
             missing += [] if fitting else [shown(model["name"])]
         cycle = tuple(map(range(len(models) + 1).index, held["groups"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
