@@ -361,7 +361,7 @@ def open_storage(storage: Storage, *, as_stored: bool = False) -> Checkpoint:
         return whole
     try:
         config, made, left_out = dequantized(config, stored)
-    except UpcycleError as error:  # of several models, one
+    except UpcycleError as error:  # with several models, say which
         raise UpcycleError(f"{path}: {error.message}", error.hint) from error
     return replace(whole, config=config, made=made, left_out=left_out)
 

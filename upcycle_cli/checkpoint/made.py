@@ -63,7 +63,7 @@ class Dequantize:
 class LowRank:
     """A matrix plus `factor` times the product of an adapter's b (O, R) and a (R, I).
 
-    With `fan_in_fan_out` the matrix is (I, O). A dequantised matrix is not rounded before.
+    With `fan_in_fan_out` the matrix is (I, O). A dequantised matrix is not rounded first.
     """
 
     of: Source | Dequantize

@@ -65,7 +65,7 @@ def dequantized(
         names = [entry.name + end for end in _SCALES]
         scale = next((stored[name] for name in names if name in stored), None)
         if scale is None or len(entry.shape) < 2:
-            raise _misfit(f"{entry.name} is FP8, and {names[0]} is missing or it is no matrix.")
+            raise _misfit(f"{entry.name} is FP8, but it is no matrix or {names[0]} is missing.")
         made[entry.name] = _scaled(entry, scale, block, dtype)
     used = {part.name for each in made.values() for part in stored_parts(each)}
     left_out = dict.fromkeys((name for name in stored if name.endswith(_UNNEEDED)), _WHY)

@@ -160,7 +160,7 @@ class Storage:
         return [n for n in self.matching(FREE_TEXTS) if self.is_local and not self._owns(n)]
 
     def companion(self, file: FileStamp) -> bytes:
-        """Return the bytes of a companion; behind a link to another place it must look like one."""
+        """Return the bytes of a companion; a link out of the directory must lead to one, too."""
         data, path = self.read(file.name, 0, file.size + 1), self.path / file.name
         if len(data) != file.size or self.stamp(file.name) != file:
             raise file_changed(path)

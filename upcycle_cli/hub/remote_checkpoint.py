@@ -84,7 +84,7 @@ def locate_model(
 
 
 def locate_source(source: Path | str, revision: str | None = None) -> Storage:
-    """As `locate_model`, but of BASE+ADAPTER, too; `revision` is the base's. UpcycleError."""
+    """Like `locate_model`, also for BASE+ADAPTER; `revision` is the base's."""
     base, adapter = split_adapter(source)
     place = None if adapter is None else locate_model(adapter, None, ADAPTER_NAME)
     return replace(locate_model(base, revision), adapter=place)

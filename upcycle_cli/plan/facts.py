@@ -167,8 +167,8 @@ def warnings(plan: Plan) -> Iterator[str]:
     yield from _wrong_software(plan)
     yield from plan.card_metadata.notes
     if left_out := plan.source.storage.left_out():
-        words = "not copied, since a link must not lead such a text out of the source"
-        yield f"{', '.join(left_out)}: {words}. Put the file itself there, if it belongs there."
+        words = "links out of the source are not copied. Put the files themselves there"
+        yield f"{', '.join(left_out)}: {words}, if they belong there."
 
 
 def _unused_adapters(plan: Plan) -> Iterator[str]:

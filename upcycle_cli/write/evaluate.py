@@ -193,7 +193,7 @@ class _Evaluator:
             case ex.Full(dtype, shape, value):
                 return np.broadcast_to(rounded(np.full(1, value, np.float32), dtype), shape)
             case ex.Dequantize() | ex.LowRank():
-                raise AssertionError("a selection of all")
+                raise AssertionError("`_selection` returns all of it")
             case _:
                 assert_never(expr)
 
