@@ -18,14 +18,12 @@ UPCYCLED_PREFIX = "upcycled_"
 
 def auto_map(*, wrapped: bool) -> dict[str, str]:
     """Return the config's `auto_map`; `wrapped` says whether the text model is in a wrapper."""
-    name, whole = (
-        ("ImageTextToText", WRAPPED_ARCHITECTURE) if wrapped else ("CausalLM", ARCHITECTURE)
-    )
+    whole = WRAPPED_ARCHITECTURE if wrapped else ARCHITECTURE
     return {
         "AutoConfig": "modeling_upcycled.UpcycledConfig",
         # Engines build the base model, not the causal LM.
         "AutoModel": "modeling_upcycled.UpcycledModel",
-        f"AutoModelFor{name}": f"modeling_upcycled.{whole}",
+        f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}": f"modeling_upcycled.{whole}",
     }
 
 

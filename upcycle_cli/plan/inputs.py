@@ -182,9 +182,8 @@ def _permutations(path: Path, tensor: Tensor, data: bytes) -> bytes:
     for group, order_I in enumerate(orders_EI):
         if (np.sort(order_I) != np.arange(size)).any():
             which = f", group {group}" if len(tensor.shape) == 2 else ""
-            raise UpcycleError(
-                f"{path}: {tensor.name}{which} is not a permutation of 0 to {size - 1}."
-            )
+            words = f"{tensor.name}{which} is not a permutation of 0 to {size - 1}"
+            raise UpcycleError(f"{path}: {words}.")
     return orders_EI.astype("<u4").tobytes()
 
 

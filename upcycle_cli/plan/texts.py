@@ -124,10 +124,8 @@ def _of_line(where: str, number: int, line: str) -> Text:
             return text
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             return messages
-    raise UpcycleError(
-        f"{where}: line {number} has neither text nor messages.",
-        'A line is {"text": "…"}, {"prompt": "…"} or {"messages": [{"role": …, "content": …}]}.',
-    )
+    hint = 'A line is {"text": "…"}, {"prompt": "…"} or {"messages": [{"role": …, "content": …}]}.'
+    raise UpcycleError(f"{where}: line {number} has neither text nor messages.", hint)
 
 
 def builtin_texts() -> list[Text]:

@@ -156,8 +156,6 @@ def _check_router_range(plan: Plan) -> None:
         # The norm's output has length √H; a row can be twice as long as the average.
         most = LARGEST[tensor.dtype] / (2 * math.sqrt(tensor.shape[-1]))
         if std > most:
-            raise UpcycleError(
-                f"router logits of standard deviation {std:g} overflow "
-                f"{TORCH_DTYPES[tensor.dtype]}.",
-                f"Use a `router_logit_std` below {most:.3g}, or another `dtype`.",
-            )
+            words = f"router logits of standard deviation {std:g} overflow"
+            hint = f"Use a `router_logit_std` below {most:.3g}, or another `dtype`."
+            raise UpcycleError(f"{words} {TORCH_DTYPES[tensor.dtype]}.", hint)

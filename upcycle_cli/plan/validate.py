@@ -67,10 +67,8 @@ def check_tensors(
                 "checkpoint.",
             )
         if entry.shape != wanted[name]:
-            raise UpcycleError(
-                f"{source.path}: {name} has shape {list(entry.shape)}, "
-                f"but config.json implies {list(wanted[name])}."
-            )
+            words = f"{[*entry.shape]}, but config.json implies {[*wanted[name]]}"
+            raise UpcycleError(f"{source.path}: {name} has shape {words}.")
 
 
 def _regular(

@@ -277,9 +277,8 @@ def _commit(
         raise
     except ValueError as error:
         # The Hub checks the card's metadata before anything is uploaded.
-        raise UpcycleError(
-            f"the Hub refuses the card: {client.error_text(error)}.", f"Correct {CARD_NAME}."
-        ) from error
+        words = f"the Hub refuses the card: {client.error_text(error)}."
+        raise UpcycleError(words, f"Correct {CARD_NAME}.") from error
     except (OSError, RuntimeError) as error:
         if isinstance(error.__cause__, UpcycleError | HTTPError):
             raise error.__cause__ from error

@@ -355,9 +355,8 @@ class Growth:
     def __post_init__(self) -> None:
         check_types(self)
         if self.expand < 2:
-            raise UpcycleError(
-                f"`expand` must be at least 2, not {self.expand}.", "2 doubles the experts."
-            )
+            words = f"`expand` must be at least 2, not {self.expand}."
+            raise UpcycleError(words, "2 doubles the experts.")
         if self.top_k is not None and self.top_k < 1:
             raise UpcycleError(f"top-k (T) must be at least 1, not {self.top_k}.")
 

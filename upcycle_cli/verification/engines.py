@@ -176,7 +176,6 @@ def check_engine(
     with source_errors(dense.path):
         rows = _rows(dense, texts)
     check, what = ENGINE + name, expected.source
-
     try:
         with _plain_copy(dense) as path:
             version, wanted = options.run(name, path, rows, trust=False)
@@ -192,9 +191,7 @@ def check_engine(
         tolerance = LOW_PRECISION
     difference, metrics = compare(found, wanted, tolerance, on_average=True)
     total = metrics["text_tokens"]
-    words = (
-        f"; {metrics['same_text_tokens']} of {total} greedy tokens are the same" if total else ""
-    )
+    words = f"; {metrics['same_text_tokens']} of {total} greedy tokens are the same" * bool(total)
     measured = (
         f"{name} {version}, {options.engine_dtype}, {len(rows)} rows of {len(rows[0])} tokens: "
         f"log-probabilities differ by {metrics['logprob_diff_mean']:.2g} on average and "

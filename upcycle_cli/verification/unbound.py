@@ -111,9 +111,8 @@ class Unbound:
         if tensor.layer is None or tensor.layer not in self._fitted:
             return
         again_EH = as_float32(self._fitted[tensor.layer].rows, tensor.dtype, rows_EH.shape)
-        errors_E, lengths_E = (
-            np.linalg.norm(each.astype("f8"), axis=1) for each in (rows_EH - again_EH, again_EH)
-        )
+        pair = rows_EH - again_EH, again_EH
+        errors_E, lengths_E = (np.linalg.norm(each.astype("f8"), axis=1) for each in pair)
         for row in np.flatnonzero(~(errors_E <= _MOST_FIT_ERROR * lengths_E)):
             yield f"{tensor.name}: another calibration gives a different row for group {row}"
 
