@@ -70,7 +70,7 @@ ATTENTION: Mapping[str, Mapping[str, str]] = {
     "HunyuanOCR 1B": {"upcycled": f"{WIDE}, xdrope rope scaling"},
     "Muse Glimmer 30B": {"upcycled": f"{WIDE}, layers without rope, {SOME}, soft caps"},
     "Granite Docling 500M": _SHIPPED,
-    "Gemma 4 12B": {"upcycled": f"{WIDE}, {SOME}"},
+    "Gemma 4 12B": {"upcycled": f"{WIDE}, shared keys and values, {SOME}, soft caps"},
     "GLM-4.1V 9B": {"upcycled": "attention biases"},
     "Gemma 3n E2B": {"upcycled": f"shared keys and values, {SOME}, soft caps"},
     "Qwen3-VL 4B": {"qwen3_vl_moe_text": WIDE, "upcycled": WIDE},
