@@ -25,7 +25,7 @@ from upcycle_cli.models.engines import (
 )
 from upcycle_cli.models.lookup import REFUSED, dense_family, shipped_target, targets_of
 from upcycle_cli.models.moe_rows import NATIVE
-from upcycle_cli.models.overview import becomes, families, target_rows
+from upcycle_cli.models.overview import becomes, families, only, target_rows
 from upcycle_cli.recipe.recipe import SHIPPED, ExpertLayout, Routing
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,16 @@ def test_the_overview_lists_every_row() -> None:
     assert all(target.trainers for target in found.targets)
     untested = {target.name for target in found.targets if {*target.engines} == {"transformers"}}
     assert untested == {"qwen3_5_moe_text", SHIPPED}
+
+
+def test_a_wrapper_has_its_own_answers() -> None:
+    every = families()
+    engines = {name: {*only(every, name).targets[0].engines} for name in ("llama", "smolvlm")}
+    assert "llama.cpp" in engines["llama"]
+    assert engines["smolvlm"] == {"transformers"}
+    default, single = (dict(next(only(every, name).tables())) for name in ("janus", "opt"))
+    assert default == {"llama in janus": ["can become mixtral (default), qwen2_moe, upcycled"]}
+    assert single == {"opt": ["can become upcycled"]}
 
 
 def test_a_models_own_config_decides_what_it_can_become() -> None:

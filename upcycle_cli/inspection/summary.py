@@ -247,8 +247,8 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
         from upcycle_cli.models.overview import target_rows
 
         able = [target for target in inspection.becomes if target.refusal is None]
-        names = ", ".join(target.name for target in able)
-        yield "can become", [f"{names}; the first is the default" if able else "nothing yet"]
+        names = ", ".join(target.name for target in able).replace(",", " (default),", 1)
+        yield "can become", [names or "nothing yet"]
         yield from target_rows(able[:1] or inspection.becomes)
 
 

@@ -86,7 +86,7 @@ class Selection(Families):
             (f"{t} in {name}", ts) for name, of in self.wrappers.items() for t, ts in of.items()
         )
         able = [*self.dense.items(), *wrapped]
-        rows = [(k, [f"can become {', '.join(v)}; the first is the default"]) for k, v in able]
+        rows = [(k, ["can become " + ", ".join(v).replace(",", " (default),", 1)]) for k, v in able]
         rows += [(name, [f"not supported: {reason}"]) for name, reason in self.refused.items()]
         yield from filter(None, (rows, [*target_rows(self.targets)]))
 
@@ -133,6 +133,9 @@ def only(found: Families, name: str) -> Selection:
     inside = (targets for texts in wrappers.values() for targets in texts.values())
     names = {name, *chain(*dense.values(), *inside)}
     targets = tuple(target for target in found.targets if target.name in names)
+    if (row := WRAPPERS.get(name)) is not None:  # not all that runs a target runs it in a wrapper
+        inside = {t: _facts(t, lookup.native_target(t, Inside(row))) for t in row.natives}
+        targets = tuple(inside.get(target.name, target) for target in targets)
     if not targets and not refused:
         known = {*found.dense, *found.wrappers, *found.refused, *(t.name for t in found.targets)}
         message = f"upcycle does not know the model type {shown(name)}."
