@@ -112,6 +112,7 @@ def test_a_target_that_cannot_express_a_model(
     [
         ({}, "config.json has no model_type."),
         ({"model_type": "gpt9"}, "model type 'gpt9' cannot be upcycled yet."),
+        ({"model_type": "gpt9", "auto_map": {}}, "model type 'gpt9' cannot be upcycled yet."),
         ({"model_type": "bitnet"}, "cannot be upcycled: its MLP normalises over all neurons"),
         ({"model_type": "qwen3_moe"}, "this is a mixture of experts already"),
         ({"model_type": "olmoe", "num_experts": 64}, "this is a mixture of experts already"),
@@ -123,3 +124,4 @@ def test_a_model_that_is_no_dense_one(config: dict[str, Any], message: str) -> N
     with pytest.raises(UpcycleError, match=re.escape(message)) as caught:
         choose(config, "auto", None)
     assert caught.value.hint
+    assert ("-hf" in caught.value.hint) == ("auto_map" in config)

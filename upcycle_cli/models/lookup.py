@@ -8,7 +8,7 @@ from typing import Any
 
 from upcycle_cli.core.display import Compact
 from upcycle_cli.core.errors import UpcycleError, shown
-from upcycle_cli.core.text import choose_from
+from upcycle_cli.core.text import any_of, choose_from
 from upcycle_cli.models import wrappers
 from upcycle_cli.models.defaults import defaults_of, table
 from upcycle_cli.models.dense import DenseFamily, DenseModel, Pieces, read_dense
@@ -57,7 +57,9 @@ def dense_family(config: Mapping[str, Any], names: Collection[str] = ()) -> Dens
     is_wrapper = wrappers.wrapper_of(config) is not None
     if model_type not in DENSE and not is_wrapper:
         why = f": {REFUSED[model_type]}." if model_type in REFUSED else " yet."
-        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", _HINT)
+        has_code = model_type not in REFUSED and "auto_map" in config
+        hint = _HINT + " Try its release for transformers, often named NAME-hf." * has_code
+        raise UpcycleError(f"model type '{model_type}' cannot be upcycled{why}", hint)
     return family_of(config, names)
 
 
@@ -192,11 +194,9 @@ def family_of(config: Mapping[str, Any], names: Collection[str] = ()) -> DenseFa
         return replace(row, layer=layer, embedding=embedding, root=f"{root}.")
     text_type = wrappers.text_config_of(config)["model_type"]
     if text_type not in wrapper.texts:
-        raise UpcycleError(
-            f"a {wrapper.model_type} around a text model of type {shown(text_type)} cannot be "
-            "upcycled yet.",
-            f"It can be around {' or '.join(wrapper.texts)}.",
-        )
+        words = f"{wrapper.model_type} around a text model of type {shown(text_type)} cannot"
+        hint = f"The text model of {wrapper.model_type} can be {any_of(wrapper.texts)}."
+        raise UpcycleError(f"{words} be upcycled yet.", hint)
     return _inside(TEXTS[text_type], wrapper.inside(names))
 
 
