@@ -146,6 +146,12 @@ def test_the_moe_answers_a_sound_and_a_text_as_the_dense_model(make_moe: MakeMoe
     assert difference(wrapped.logits(after, inputs), wanted) < wrapped.SAME
 
 
+def test_the_card_of_a_model_that_takes_pictures(make_moe: MakeMoe) -> None:
+    card = (make_moe(("gemma3n", "gemma3n_text", SHIPPED))[1] / "README.md").read_text("utf-8")
+    assert "\ninputs = processor.tokenizer(text=" in card  # PaliGemma's processor needs a picture
+    assert "| MoE layers | 3 of 4: 1-3; sparse MLPs stay dense |" in card
+
+
 def test_a_wrapper_that_keeps_its_type(make_moe: MakeMoe, tmp_path: Path) -> None:
     dense, moe = make_moe((*GEMMA4[:2], "gemma4_text"))
     types = [read_json(path / "config.json")["model_type"] for path in (dense, moe)]
@@ -355,7 +361,7 @@ def test_a_stored_head_counts_whatever_the_config_says(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"text_config": {"model_type": "gpt2"}}, "a llava around a text model of type 'gpt2'"),
+        ({"text_config": {"model_type": "gpt2"}}, "^llava around a text model of type 'gpt2'"),
         ({"text_config": 3}, "text_config must be an object, not 3"),
         ({"text_config": {"model_type": "mixtral"}}, "this is a mixture of experts already"),
         ({"vision_config": {"auto_map": {"A": "b.C"}}}, "vision_config: auto_map"),

@@ -39,7 +39,8 @@ def facts(plan: Plan) -> dict[str, str]:
     found = dict(_experts_of_growth(plan, grown) if grown else _experts_of_recipe(plan))
     if len(plan.layers) < plan.num_layers:
         layers = format_layers(plan.layers)
-        found["MoE layers"] = f"{len(plan.layers)} of {plan.num_layers}: {layers}"
+        rest = "; sparse MLPs stay dense" * (not grown and "sparse" in plan.family.dense.kinds)
+        found["MoE layers"] = f"{len(plan.layers)} of {plan.num_layers}: {layers}{rest}"
     total, active = parameter_text(plan.total_parameters), parameter_text(plan.active_parameters)
     before = f"{'source' if grown else 'dense'} {parameter_text(plan.dense_parameters)}"
     found["parameters"] = f"{total}, {active} active ({before})"

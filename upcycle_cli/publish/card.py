@@ -95,6 +95,7 @@ def _fields_of_upcycling(plan: Plan) -> dict[str, object]:
         "model_class": f"AutoModelFor{'ImageTextToText' if wrapped else 'CausalLM'}",
         "reader": "AutoProcessor" if wrapped else "AutoTokenizer",
         "reads": "processor" if wrapped else "tokenizer",
+        "tokenizer": "processor.tokenizer" if wrapped else "tokenizer",  # some need a picture
         "about_code": f"\n\n{about_code}" if ships_code else "",
         "trainers": _trainers(plan),
         "notes": "".join(notes),
