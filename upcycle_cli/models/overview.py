@@ -134,8 +134,8 @@ def only(found: Families, name: str) -> Selection:
     names = {name, *chain(*dense.values(), *inside)}
     targets = tuple(target for target in found.targets if target.name in names)
     if (row := WRAPPERS.get(name)) is not None:  # not all that runs a target runs it in a wrapper
-        inside = {t: _facts(t, lookup.native_target(t, Inside(row))) for t in row.natives}
-        targets = tuple(inside.get(target.name, target) for target in targets)
+        wrapped = {t: _facts(t, lookup.native_target(t, Inside(row))) for t in row.natives}
+        targets = tuple(wrapped.get(target.name, target) for target in targets)
     if not targets and not refused:
         known = {*found.dense, *found.wrappers, *found.refused, *(t.name for t in found.targets)}
         message = f"upcycle does not know the model type {shown(name)}."
