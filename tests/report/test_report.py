@@ -183,6 +183,16 @@ def test_an_unreadable_moe(llama: Path, e2g2t2: Path, tmp_path: Path) -> None:
     assert "Errors and routing" not in page.text
 
 
+def test_show_no_other_file_in_place_of_the_record(
+    llama: Path, e2g2t2: Path, tmp_path: Path
+) -> None:
+    moe, secret = clone(e2g2t2, tmp_path / "moe"), tmp_path / "secret.json"
+    write_json(secret, {"token": "hf_secret"})
+    (moe / "upcycle.json").unlink()
+    (moe / "upcycle.json").symlink_to(secret)
+    assert "hf_secret" not in html_of(verify(llama, moe, checks="directory"), str(moe))
+
+
 def test_an_inspection(llama: Path, e2g2t2: Path) -> None:
     inspection = inspect(e2g2t2, weights=True, dense=llama, load="builtin")
     page = Page(inspection_html(inspection, name=str(e2g2t2), command="upcycle inspect moe"))

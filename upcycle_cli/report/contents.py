@@ -18,6 +18,7 @@ from upcycle_cli.inspection.summary import Inspection, inspect, inspection_rows
 from upcycle_cli.report import sections
 from upcycle_cli.report.page import Section, Table, properties, render
 from upcycle_cli.verification.result import CHECK_NAMES, TRAINED, Report, Status
+from upcycle_cli.write.record import FORMAT
 
 _VERDICTS = {
     Status.FAILED: "The MoE does not match the {dense}",
@@ -41,7 +42,8 @@ def verification_html(report: Report, *, models: Sequence[str], command: str) ->
     paths = report.paths or (Path(models[0]), Path(models[-1]))
     record, facts = dict[str, Any](), None
     with suppress(UpcycleError):
-        record = read_json(locate(paths[1], RECORD_NAME, anywhere=True))
+        held = read_json(locate(paths[1], RECORD_NAME, anywhere=True))
+        record = held if held.get("format") == FORMAT else {}  # a link can lead to any JSON
     with suppress(UpcycleError, OSError):
         facts = _facts_section(inspect(paths[1]))
     layers = [layer for check in report.checks for layer in check.layers]
