@@ -49,11 +49,8 @@ def build_growth(growth: Growth, source: Checkpoint, options: Options | None = N
         words = f"`expand` {growth.expand} makes {num_experts} experts per layer of"
         raise UpcycleError(f"{words} {experts.num_experts}.", f"At most {MAX_EXPERTS} can be made.")
     if top_k > num_experts:
-        raise UpcycleError(
-            f"top-k {top_k} is more than the {num_experts} experts that `expand` {growth.expand} "
-            "makes.",
-            f"Use a top-k of at most {num_experts}.",
-        )
+        words = f"top-k {top_k} is more than the {num_experts} experts that the growth makes."
+        raise UpcycleError(words, f"Use a top-k of at most {num_experts}.")
     if top_k != exact and not growth.allow_inexact:
         raise UpcycleError(
             f"top-k {top_k} is not {growth.expand} times the source's {experts.top_k}, so a token "

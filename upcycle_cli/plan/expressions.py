@@ -257,10 +257,9 @@ def type_of(expr: Expr) -> TensorType:  # noqa: C901, PLR0911, PLR0912 - one cas
             first, *others = map(type_of, parts)
             for other in others:
                 if other.dtype != first.dtype:
-                    raise UpcycleError(
-                        f"one tensor cannot hold matrices of {first.dtype} and {other.dtype}.",
-                        "Choose one with `dtype`, or use `expert_layout` per-expert.",
-                    )
+                    words = f"one tensor cannot hold matrices of {first.dtype} and {other.dtype}."
+                    hint = "Choose one with `dtype`, or use `expert_layout` per-expert."
+                    raise UpcycleError(words, hint)
             if isinstance(expr, Stack):
                 return TensorType(first.dtype, (len(parts), *first.shape))
             return first.resized(0, sum(each.shape[0] for each in (first, *others)))

@@ -283,10 +283,9 @@ def _commit(
         if isinstance(error.__cause__, UpcycleError | HTTPError):
             raise error.__cause__ from error
         client.retry(api.whoami)  # raises a clearer error if the Hub is not reachable
-        raise UpcycleError(
-            f"uploading to {destination.repo} failed: {client.error_text(error)}.",
-            "Nothing was published. The same command continues where this one stopped.",
-        ) from error
+        words = f"uploading to {destination.repo} failed: {client.error_text(error)}."
+        hint = "Nothing was published. The same command continues where this one stopped."
+        raise UpcycleError(words, hint) from error
 
 
 # Licences ---------------------------------------------------------------------------------------

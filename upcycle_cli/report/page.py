@@ -124,10 +124,9 @@ def check_report_file(path: Path, dense: Path | None) -> None:
         for name in ("matplotlib.backends.backend_svg", "jinja2"):
             importlib.import_module(name)
     except ImportError as error:
-        raise UpcycleError(
-            f"a report needs matplotlib and jinja2, and one cannot be imported: {error}.",
-            "Install jinja2 and matplotlib in upcycle's environment.",
-        ) from error
+        words = f"a report needs matplotlib and jinja2, and one cannot be imported: {error}."
+        hint = "Install jinja2 and matplotlib in upcycle's environment."
+        raise UpcycleError(words, hint) from error
     # The suffix also prevents that a mistyped name replaces weights.
     if path.suffix.lower() not in (".html", ".htm"):
         raise UpcycleError(f"{path} does not end in .html.", "Choose a name that does.")
