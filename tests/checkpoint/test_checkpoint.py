@@ -191,7 +191,7 @@ COMPANIONS = (
     *("generation_config.json", "qwen.tiktoken", "special_tokens_map.json", "tokenizer.json"),
     *("tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt"),
     *("License.txt", "MODEL_LICENSE", "Notice", "license", "emoji.json", "tekken.json"),
-    *("tiktoken.model", "SYSTEM_PROMPT.txt"),
+    *("tiktoken.model", "SYSTEM_PROMPT.txt", "sentencepiece.bpe.model"),
 )
 OTHERS = (
     *("README.md", "config.json", "modeling_llama.py", "pytorch_model.bin", ".gitattributes"),

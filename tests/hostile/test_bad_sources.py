@@ -160,7 +160,11 @@ FILES: tuple[tuple[str, Damage, str], ...] = (
     ("a list", put("config.json", b'["llama"]'), "is not a JSON object"),
     ("nothing in it", put("config.json", b"{}"), "model_type"),
     ("a directory", put("config.json", None), "config.json"),
-    ("a pickle", rename("pytorch_model.bin"), "pickle|pytorch_model.bin|from_pretrained"),
+    (
+        "a pickle",
+        rename("pytorch_model.bin"),
+        "pytorch_model.bin|AutoModelForImageTextToText|copy its tokenizer",
+    ),
     ("a GGUF", rename("model-Q4_K.gguf"), "GGUF (model-Q4_K.gguf)|gguf_file='FILE'"),
     ("an adapter", rename("adapter_model.safetensors"), f"no {WEIGHTS}"),
     ("no weights", lambda dense: (dense / WEIGHTS).unlink(), f"no {WEIGHTS}"),

@@ -42,7 +42,7 @@ FREE_TEXTS = (*UNREAD, "chat_template*", "additional_chat_templates/*.jinja", "v
 """Companions that could be anything, so that a link must not lead them out of the directory."""
 COMPANIONS = (
     *(GENERATION_NAME, "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tiktoken.model"),
-    "tekken.json",  # mistral-common's: vllm serve --tokenizer-mode mistral
+    *("tekken.json", "sentencepiece.bpe.model"),  # of mistral-common and xglm
     *("vocab.json", "merges.txt", "emoji.json", "added_tokens.json", "special_tokens_map.json"),
     *("*preprocessor_config.json", "processor_config.json"),  # for images and videos
     *FREE_TEXTS,
@@ -242,13 +242,13 @@ def find_others(storage: Storage) -> UpcycleError | None:
     name = next(iter(storage.matching(("*.bin", "*.pt", "*.pth", "*.gguf"))), None)
     if name is None:
         return None
-    kind, option = f"pickle ({name}), which can run code when opened", ""
-    if name.endswith(".gguf"):
-        kind, option = f"GGUF ({name})", ", gguf_file='FILE'"
+    option = ", gguf_file='FILE'" * name.endswith(".gguf")
+    kind = f"GGUF ({name})" if option else f"pickle ({name}), which can run code when opened"
     return UpcycleError(
         f"{storage.path} has its weights as {kind}.",
         'If you trust it, write safetensors and give NEW: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('MODEL'{option}).save_pretrained('NEW')\"",
+        f"AutoModelForCausalLM as M; M.from_pretrained('MODEL'{option}).save_pretrained('NEW')\" "
+        "(AutoModelForImageTextToText if it takes pictures), and copy its tokenizer to NEW.",
     )
 
 
