@@ -1,6 +1,6 @@
 """How fast a source whose weights are computed converts, against the same weights in bfloat16.
 
-    python tests/benchmarks/computed_sources.py [--size 0.4] [--rounds 3]
+    python tests/benchmarks/computed_sources.py [--size 0.4] [--rounds 3] [--recipe E4G4T4]
 
 prints a Markdown table: for a dense checkpoint of TinyLlama's shape (in GB), its FP8 copy in blocks
 of 128 x 128 and per channel, and the model with a LoRA adapter of rank 16 on every linear layer,
@@ -50,7 +50,7 @@ def save_adapter(base: Path, target: Path) -> Path:
     return target
 
 
-def main(size: float = 0.4, rounds: int = 3) -> None:
+def main(size: float = 0.4, rounds: int = 3, recipe: str = "E4G4T4") -> None:
     """Measure, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -66,7 +66,7 @@ def main(size: float = 0.4, rounds: int = 3) -> None:
         for _ in range(rounds + 1):
             for name, source in sources.items():
                 command = [sys.executable, "-m", "upcycle_cli", "convert", source, path / "moe"]
-                run = measure([*command, "--recipe", "E4G4T4", "--overwrite", "--no-fsync"])
+                run = measure([*command, "--recipe", recipe, "--overwrite", "--no-fsync"])
                 runs[name].append(run)
         print(header("source", "wall, s", "speed", "peak RssAnon, MB"))
         usual = statistics.median(run.wall_seconds for run in runs["bfloat16"][1:])
