@@ -116,7 +116,7 @@ def tensor(name: str, value: torch.Tensor | None) -> Edit:
     ("edit", "words"),
     [
         (lambda _, config: config.pop("quantization_config"), "stored as F8_E4M3, without a"),
-        (tensor(SCALE, None), f"{NAME} is FP8, and {SCALE} is missing"),
+        (tensor(SCALE, None), f"{NAME} is FP8, but it is no matrix or {SCALE} is missing"),
         (tensor(SCALE, torch.ones(3, 1)), f"{SCALE} has shape [3, 1]"),
         (tensor(SCALE, torch.ones(2, 3)), f"{SCALE} has shape [2, 3]"),
         (tensor(SCALE, torch.ones(())), f"{SCALE} has shape []"),

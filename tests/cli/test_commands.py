@@ -161,7 +161,7 @@ def test_convert_json_agrees_with_its_dry_run_and_with_the_files(
 def test_inspect_a_dense_model_at_a_glance(llama: Path) -> None:
     done = succeed("inspect", llama)
     assert len(done.output.splitlines()) <= 15
-    assert "can become  mixtral, qwen2_moe" in done.stdout
+    assert "can become  mixtral (default), qwen2_moe" in done.stdout
     assert "sigmoid" not in done.stdout
     assert "sigmoid" in succeed("inspect", llama, "--targets").stdout
 
