@@ -277,6 +277,16 @@ def test_refuse_a_change_of_a_tied_embedding(
         convert(f"{tied}+{adapter}", tmp_path / "moe", recipe)
 
 
+def test_refuse_a_base_with_names_of_an_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its tensor would be read in place of the adapter's."""
+    other, name = clone(base, tmp_path / "base"), UP.format("A")
+    held = {**read_tensors(base), f"adapter: {name}": torch.zeros(1)}
+    (other / "model.safetensors").unlink()
+    save_file(held, other / "model.safetensors")
+    with pytest.raises(UpcycleError, match=f"like 'adapter: {name}'"):
+        open_source(f"{other}+{adapter}")
+
+
 def test_refuse_a_base_of_integers(base: Path, adapter: Path, tmp_path: Path) -> None:
     whole = clone(base, tmp_path / "base")
     held = {name: each.to(torch.int8) for name, each in read_tensors(base).items()}

@@ -82,6 +82,8 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     path, made = adapter.path / files.ADAPTER_WEIGHTS_NAME, dict[str, Made](base.made)
     left_out = dict(base.left_out)
     pairs = dict[tuple[str, bool], dict[str, Source]]()
+    if odd := next((name for name in base.stored if name.startswith(ADAPTER_PREFIX)), None):
+        raise UpcycleError(f"{base.path}: no tensor of a model has a name like '{odd}'.")
     for name, entry in adapter.tensors.items():
         own = name.removeprefix(_PREFIX)
         low_rank = _LOW_RANK.fullmatch(own)
