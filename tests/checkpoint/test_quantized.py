@@ -134,9 +134,9 @@ def tensor(name: str, value: torch.Tensor | None) -> Edit:
             for method in ("gptq", "awq", "bitsandbytes", "mxfp4", "quark", "modelopt")
         ),
         (settings(quant_method="compressed-tensors", format="pack-quantized"), "quantised"),
-        (tensor(SCALE, torch.full((3, 2), torch.inf)), "not finite in bf16"),
-        (tensor(SCALE, torch.full((3, 2), torch.nan)), "not finite in bf16"),
-        (tensor(SCALE, torch.full((3, 2), 3e38)), "not finite in bf16"),
+        (tensor(SCALE, torch.full((3, 2), torch.inf)), "not finite in bfloat16"),
+        (tensor(SCALE, torch.full((3, 2), torch.nan)), "not finite in bfloat16"),
+        (tensor(SCALE, torch.full((3, 2), 3e38)), "not finite in bfloat16"),
     ],
 )
 def test_refuse(make_dense: MakeDense, tmp_path: Path, edit: Edit, words: str) -> None:

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from upcycle_cli.checkpoint.header import LARGEST, NUMPY_DTYPES, rounded, to_float32
+from upcycle_cli.checkpoint.header import LARGEST, NUMPY_DTYPES, TORCH_DTYPES, rounded, to_float32
 from upcycle_cli.core.errors import UpcycleError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def part(
     if not (is_safe or np.isfinite(to_float32(values, made.dtype)).all()):
         names = ", ".join(each.name for each in stored_parts(made))
         raise UpcycleError(
-            f"a value is not finite in {made.dtype.lower()} once it is made of {names}.",
+            f"a value is not finite in {TORCH_DTYPES[made.dtype]}: it is computed from {names}.",
             "Use a wider `dtype`; if that does not help, the checkpoint is damaged.",
         )
     return values

@@ -78,9 +78,8 @@ def save_config(
     with suppress(OSError, UpcycleError):
         is_free = is_free or (not path.is_symlink() and "source" in load_config(path, known))
     if not is_free:
-        raise UpcycleError(
-            f"{path} exists and is not a recipe file; it is not replaced.", "Name another file."
-        )
+        words = f"{path} exists and is not a recipe file; it is not replaced."
+        raise UpcycleError(words, "Name another file.")
     write_whole(path.absolute(), text.encode(errors="surrogateescape"))
 
 
