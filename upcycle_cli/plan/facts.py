@@ -224,10 +224,8 @@ def training_warnings(plan: Plan) -> Iterator[str]:
         )
         std = recipe.router_logit_std or 1.0
         if recipe.group_size > 1 and recipe.expansion > 1 and std < TIE_LOGIT_STD:
-            yield (
-                f"at `router_logit_std` {std:g} the softmax rounds different groups to the same "
-                f"value, which splits them. Use {TIE_LOGIT_STD:g} or more."
-            )
+            words = f"at `router_logit_std` {std:g} the softmax rounds different groups to the same"
+            yield f"{words} value, which splits them. Use {TIE_LOGIT_STD:g} or more."
 
 
 def _no_gradient(plan: Plan) -> str:
