@@ -49,7 +49,7 @@ COMPANIONS = (
 )
 _KEYS = re.compile(
     "(bos|eos|pad|unk)_token(_id)?|added_tokens|emoji|model_max_length|transformers_version|vocab"
-    "|(processor|tokenizer)_class|(feature_extractor|image_processor|video_processor)_type"
+    "|(processor|tokenizer)_class|(feature_extractor|image_processor|video_processor)_type|image_mean"
 )
 """Each JSON companion has one of these keys, or all its values are numbers."""
 _STARTS = re.compile(rb"#version|\n..?\n..?[<\[]|([A-Za-z0-9+/]+=* \d+\r?\n){100}", re.DOTALL)
@@ -169,7 +169,7 @@ class Storage:
         held = json_object(data, str(path))
         if any(map(_KEYS.fullmatch, held)) or all(type(each) is int for each in held.values()):
             return data
-        words = f"{path} is a link to another place, and the file there is something else."
+        words = f"{path} is a link to a file that does not look like {path.name}."
         raise UpcycleError(words, "Put the file itself there, if it belongs there.")
 
     def _owns(self, name: str) -> bool:
