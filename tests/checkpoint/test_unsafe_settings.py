@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MakeDense, clone, contents, read_json, snapshot
 
-from upcycle_cli import Recipe, UpcycleError, convert, inspect
+from upcycle_cli import Recipe, UpcycleError, convert, inspect, verify
 from upcycle_cli.plan.facts import warnings
 
 RECIPE = Recipe("E2G2T2")
@@ -179,7 +180,8 @@ def test_follow_links_to_what_is_parsed(llama: Path, tmp_path: Path) -> None:
         "vocab.json": '{"a": 0, "b": 1}',
         "added_tokens.json": "{}",
         "tekken.json": '{"config": {}, "vocab": []}',
-        "preprocessor_config.json": '{"image_processor_type": "x"}',
+        "preprocessor_config.json": '{"image_mean": [0.5], "image_std": [0.5]}',
+        "video_preprocessor_config.json": '{"video_processor_type": "x"}',
     }.items():
         add(plain, name, text)
     links = linked_to(clone(plain, tmp_path / "linked" / "dense"), tmp_path / "store")
@@ -196,6 +198,13 @@ def test_follow_links_to_what_is_parsed(llama: Path, tmp_path: Path) -> None:
         del parsed[name]
     assert parsed.items() <= all_files.items()
     assert not any(file.is_symlink() for file in links.with_name("moe").rglob("*"))
+
+
+def test_verify_an_moe_of_links(llama: Path, tmp_path: Path) -> None:
+    add(dense := clone(llama, tmp_path / "dense"), "LICENSE")
+    moe = linked_to(convert(dense, tmp_path / "moe", RECIPE).output, tmp_path / "store")
+    [check] = verify(dense, moe, checks=["directory"]).checks
+    assert re.search("LICENSE is a link to .*; it is not followed[.]( |$)", check.detail)
 
 
 @pytest.mark.parametrize("folder", ["blobs", "models--org--tiny/blobs", "elsewhere", "blobs/org"])

@@ -258,7 +258,7 @@ def _differing(plan: Plan, moe: Checkpoint, names: Collection[str]) -> Iterator[
             else:
                 yield f"{name} is not what convert writes"
         except UpcycleError as error:
-            yield error.message
+            yield error.message.removesuffix(".")
 
 
 def _equals_saved(plan: Plan, moe: Checkpoint, names: set[str]) -> bool:
