@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from upcycle_cli import MergeRequest, Options, Recipe, UpcycleError, convert, verify
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.hub.remote_checkpoint import open_source
+from upcycle_cli.plan.texts import ModelPrompts
 
 if TYPE_CHECKING:
     import torch
@@ -156,6 +157,22 @@ def test_one_base_is_several_models(base: Path, adapters: list[Path], tmp_path: 
         positive_prompts=file,
     )
     assert weights(tmp_path / "moe") == weights(tmp_path / "same")
+
+
+def test_prompts_of_a_base_with_a_plus_in_its_name(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    place = clone(base, tmp_path / "a+b")
+    source = open_source(f"{place}+{adapters[0]}")
+    for name, fits in (
+        (f"{place}+{adapters[0]}", True),
+        ("a+b+code", True),
+        ("code", True),
+        ("a+b", False),
+        (f"{place}+{adapters[1]}", False),
+        (f"{base}+{adapters[0]}", False),
+    ):
+        assert ModelPrompts(name, ()).means(source) is fits
 
 
 def test_calibrate_a_model_with_its_adapter(

@@ -147,13 +147,15 @@ class ModelPrompts:
 
     def means(self, model: Checkpoint) -> bool:
         """Whether these are prompts for `model`: by path, name or its end, or the adapter's."""
-        name = re.sub("@[^+]*", "", self.model)
-        names = [name] if model.adapter is None else name.split("+", 1)
-        return all(
-            given in (each.name, each.name.rpartition("/")[2])
-            or Path(given).resolve() == each.path.resolve()
-            for given, each in zip(reversed(names), reversed(model.base_and_adapter), strict=False)
-        )
+        name, parts = re.sub("@[^+]*", "", self.model), model.base_and_adapter
+        signs = re.finditer(r"\+", name) if model.adapter is not None else ()
+        splits = [[name], *([name[: sign.start()], name[sign.end() :]] for sign in signs)]
+        return any(all(map(_means, reversed(split), reversed(parts))) for split in splits)
+
+
+def _means(given: str, model: Checkpoint) -> bool:
+    is_name = given in (model.name, model.name.rpartition("/")[2])
+    return is_name or Path(given).resolve() == model.path.resolve()
 
 
 @dataclass(frozen=True)
