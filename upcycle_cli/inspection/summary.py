@@ -175,9 +175,7 @@ def _inspect_moe(
     recorded = parameters.get("dense") if isinstance(parameters, dict) else None
     if weights:
         if len(sources) == 1 and isinstance((experts.record or {}).get("experts_from"), dict):
-            words = (
-                f"{checkpoint.path} has experts of several models by its {RECORD_NAME}, and only"
-            )
+            words = f"{checkpoint.path} has experts of several models ({RECORD_NAME}), and only"
             hint = "Name all of them with `experts_from`."
             raise UpcycleError(f"{words} {sources[0].path} is given.", hint)
         from upcycle_cli.inspection.experts import examine_weights
