@@ -167,6 +167,7 @@ FILES: tuple[tuple[str, Damage, str], ...] = (
     ),
     ("a GGUF", rename("model-Q4_K.gguf"), "GGUF (model-Q4_K.gguf)|gguf_file='FILE'"),
     ("an adapter", rename("adapter_model.safetensors"), f"no {WEIGHTS}"),
+    ("a state of training", rename("optimizer.pt"), f"no {WEIGHTS}"),
     ("no weights", lambda dense: (dense / WEIGHTS).unlink(), f"no {WEIGHTS}"),
     ("a directory of weights", put(WEIGHTS, None), WEIGHTS),
     ("a git-lfs pointer", put(WEIGHTS, POINTER), f"{WEIGHTS}|Download"),

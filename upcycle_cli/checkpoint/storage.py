@@ -239,11 +239,11 @@ def find_others(storage: Storage) -> UpcycleError | None:
     if storage.has(ADAPTER_NAME):
         hint = f"Give it with its base model: BASE+{storage.path}"
         return UpcycleError(f"{storage.path} is an adapter, not a whole model.", hint)
-    name = next(iter(storage.matching(("*.bin", "*.pt", "*.pth", "*.gguf"))), None)
-    if name is None:
+    held = storage.matching(("*model*.bin", "*model*.pt", "consolidated*.pth", "*.gguf"))
+    if not held:
         return None
-    option = ", gguf_file='FILE'" * name.endswith(".gguf")
-    kind = f"GGUF ({name})" if option else f"pickle ({name}), which can run code when opened"
+    option = ", gguf_file='FILE'" * held[0].endswith(".gguf")
+    kind = f"GGUF ({held[0]})" if option else f"pickle ({held[0]}), which can run code when opened"
     return UpcycleError(
         f"{storage.path} has its weights as {kind}.",
         'If you trust it, write safetensors and give NEW: python -c "from transformers import '
