@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from shapes import FIXTURES, wrapper_shapes, write_hollow
 
-from upcycle_cli import inspect
+from upcycle_cli import Recipe, inspect
 from upcycle_cli.models.wrappers import WRAPPERS
 
 MODELS: Mapping[str, dict[str, Any]] = json.loads((FIXTURES / "named_models.json").read_text())
@@ -114,6 +114,12 @@ def test_keys_that_mislead(
 ) -> None:
     path = hollow(tmp_path, name, **change)
     assert inspect(path).becomes[0].attention == attention
+
+
+def test_shipped_code_has_the_defaults_of_the_dense_model(tmp_path: Path) -> None:
+    """The config says nothing of the text model, not even how many layers it has."""
+    found = inspect(hollow(tmp_path, "Granite Docling 500M"), Recipe("E2G1T2"))
+    assert "engines          transformers" in found.summary()
 
 
 def hollow(path: Path, name: str, **changes: object) -> Path:

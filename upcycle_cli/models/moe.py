@@ -288,7 +288,7 @@ class Target(Compact):
         for name in names:
             if name in config:
                 return config[name]
-        return defaults_of(self.model_type).get(key)
+        return defaults_of(self.model_type.removeprefix(UPCYCLED_PREFIX)).get(key)
 
     def count(self, config: Mapping[str, Any], key: str) -> int:
         """Return a positive integer of a config; UpcycleError for any other value."""
