@@ -81,7 +81,7 @@ def test_convert_a_model_with_its_adapter(
     assert record["name"] == "base+code"
     assert record["adapter"]["files"][0]["name"] == "adapter_model.safetensors"
     card = (tmp_path / "moe" / "README.md").read_text()
-    assert "`base` with the adapter `code`" in card
+    assert "`base` and its adapter `code`" in card
     assert "| adapter | code, LoRA of rank 4, 20 tensors |" in card
     again = convert(source, tmp_path / "moe", recipe, options=options)
     assert again.already_done

@@ -172,7 +172,7 @@ def _markdown(text: str) -> str:
 def _origin(source: Checkpoint) -> str:
     """Return the name of a source, with its commit if it comes from the Hub."""
     if source.adapter is not None:
-        return " with the adapter ".join(map(_origin, source.base_and_adapter))
+        return " and its adapter ".join(map(_origin, source.base_and_adapter))
     name, commit = printable(source.name), source.revision
     if commit is not None:  # repo ids and commits need no quoting
         return f"[{name}](https://huggingface.co/{name}/tree/{commit}) (commit `{commit[:12]}`)"
