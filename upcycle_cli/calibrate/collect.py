@@ -34,7 +34,7 @@ from upcycle_cli.plan.texts import CalibrationText, Prompts
 from upcycle_cli.plan.upcycle import bind
 from upcycle_cli.recipe.recipe import NeuronOrder, Recipe, RouterInit
 from upcycle_cli.run.models import Model, load_config, source_errors
-from upcycle_cli.run.texts import ROW_TOKENS, as_rows, shares, tokenized
+from upcycle_cli.run.texts import ROW_TOKENS, as_rows, longest_text, shares, tokenized
 from upcycle_cli.write.distributed import Team
 from upcycle_cli.write.evaluate import check_rows, evaluate
 from upcycle_cli.write.random_draws import standard_normal
@@ -100,7 +100,7 @@ def _prompts(plan: Plan, prompts: Prompts) -> _Tokens:
     assert plan.merge is not None
     of_groups = prompts.of_groups([plan.sources[number] for number in plan.merge.cycle])
     config = load_config(plan.source.path).get_text_config()
-    longest = min(ROW_TOKENS, getattr(config, "max_position_embeddings", None) or ROW_TOKENS)
+    longest = min(ROW_TOKENS, longest_text(config))
     texts: list[list[int]] = []
     weights: list[tuple[int, float]] = []
     for group, of in enumerate(of_groups):

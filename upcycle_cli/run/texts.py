@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,16 @@ def shares(texts: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
         yield share
 
 
+def longest_text(config: Config) -> int:
+    """Return how many tokens a model of this config takes at most; bloom sets no limit."""
+    found = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    return next((tokens for tokens in found if tokens), sys.maxsize)
+
+
 def as_rows(tokens: Sequence[int], config: Config) -> torch.Tensor:
     """Return tokens in rows for a model of this config, with any tokens as padding at the end."""
     import torch
 
-    longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
-    length = min(ROW_TOKENS, longest)
+    length = min(ROW_TOKENS, longest_text(config))
     padding = [tokens[0]] * (-len(tokens) % length)
     return torch.tensor([*tokens, *padding]).reshape(-1, length)

@@ -28,7 +28,7 @@ from upcycle_cli.recipe.options import Promise
 from upcycle_cli.run import engine_runner
 from upcycle_cli.run.engine_runner import CONVERTER, ENGINES
 from upcycle_cli.run.models import load_config, source_errors
-from upcycle_cli.run.texts import ROW_TOKENS
+from upcycle_cli.run.texts import longest_text
 from upcycle_cli.verification.prompts import TextOptions, make_prompt
 from upcycle_cli.verification.result import ENGINE, CheckResult, Findings, Status
 from upcycle_cli.write.file_layout import lay_out
@@ -234,7 +234,7 @@ def _rows(dense: Checkpoint, texts: TextOptions) -> list[list[int]]:
     A `context` gives one row of this length.
     """
     config = load_config(dense.path).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
+    longest = longest_text(config)
     held = map(int, _SHORT_SIGHTED.findall(json.dumps(dense.config)))
     limits = [limit + _LENGTH // 2 for limit in held if limit <= _MOST_LENGTH]
     length = max(2, min(max([_LENGTH, *limits]), longest - _TOKENS))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from upcycle_cli.core.errors import UpcycleError
 from upcycle_cli.plan.texts import builtin_texts, read_texts
 from upcycle_cli.run.models import load_config
-from upcycle_cli.run.texts import ROW_TOKENS, shares, tokenized
+from upcycle_cli.run.texts import ROW_TOKENS, longest_text, shares, tokenized
 from upcycle_cli.verification.result import TEXT_TOKENS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def make_prompt(dense: Checkpoint, options: TextOptions, seed_bytes: bytes) -> P
 
     config = load_config(dense.path).get_text_config()
     context, prompts = options.context, options.prompts
-    longest = getattr(config, "max_position_embeddings", None) or ROW_TOKENS
+    longest = longest_text(config)
     if context is not None and context > longest:
         problem = f"a context of {context:,} tokens was asked for, and the model takes {longest:,}."
         raise UpcycleError(problem, f"Use a `context` of at most {longest}.")
