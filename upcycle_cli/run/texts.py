@@ -61,7 +61,7 @@ def shares(texts: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
 def longest_text(config: Config) -> int:
     """Return how many tokens a model of this config takes at most; bloom sets no limit."""
     found = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
-    return next((tokens for tokens in found if tokens), sys.maxsize)
+    return min(filter(None, found), default=sys.maxsize)
 
 
 def as_rows(tokens: Sequence[int], config: Config) -> torch.Tensor:
