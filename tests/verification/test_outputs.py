@@ -386,7 +386,10 @@ def test_impossible_numbers_of_tokens_are_refused(
 
 
 def test_the_longest_text_is_what_the_model_takes(make_dense: MakeDense) -> None:
-    mpt, bloom = make_dense("mpt", max_seq_len=64), make_dense("bloom")
+    mpt, bloom = (
+        make_dense("mpt", max_seq_len=64),
+        make_dense("bloom", max_position_embeddings=None),
+    )
     assert prompt_for(mpt).ids.shape[1] == 64
     with pytest.raises(UpcycleError, match="the model takes 64"):
         prompt_for(mpt, context=65)
