@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -18,7 +19,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from upcycle_cli.cli import process, terminal
-from upcycle_cli.core.text import counted
+from upcycle_cli.core.text import counted, did_you_mean
 
 _COMMANDS = ("convert", "inspect", "verify", "push", "families", "clean", "demo")
 _HELP_FLAGS = ["-h", "-help", "--help", "--help-all"]
@@ -112,7 +113,7 @@ class Commands(_PlainHelp, TyperGroup):
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(error.format_message(), err=True)
             else:
-                words, context = " ".join(error.format_message().split()), error.ctx
+                words, context = _mistake(error).strip(), error.ctx
                 usage = context and f"{context.get_usage()}\nSee `{context.command_path} --help`."
                 words = words[:1].lower() + words[1:]
                 if as_json:
@@ -138,6 +139,19 @@ def _rows(command: Any, ctx: Any) -> Iterator[tuple[str, str, str, bool]]:  # no
             name = name.replace("--", "--[no-]") if each.opts and each.secondary_opts else name
             name += "" if each.is_flag else f" {each.metavar}"
             yield panel, name, words, each.hidden
+
+
+def _mistake(error: Any) -> str:  # noqa: ANN401 - a _UsageError
+    """Return what is wrong with a command line, with the closest option or command."""
+    words = " ".join(error.format_message().split())
+    if type(error).__name__ == "NoSuchOption":
+        params = error.ctx.command.params
+        flags = [flag for each in params for flag in (*each.opts, *each.secondary_opts)]
+        flags = [flag for flag in flags if flag[0] == "-"]  # an argument has a name, too
+        closest = did_you_mean(error.option_name, flags, cutoff=0.75)
+        return f"there is no option {error.option_name}. {closest}"
+    pattern = r"Invalid value for '([^']+)'.*: Input should be a valid (\w+).*"  # pydantic's words
+    return re.sub(pattern, r"\1 must be a valid \2.", words)
 
 
 app = typer.Typer(

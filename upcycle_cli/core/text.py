@@ -48,9 +48,9 @@ def any_of(names: Iterable[object], word: str = "or") -> str:
     return f"{', '.join(others)} {word} {last}" if others else last
 
 
-def did_you_mean(value: str, choices: Iterable[str]) -> str:
+def did_you_mean(value: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return a question about the choice closest to a mistyped one; empty if none is close."""
-    found = get_close_matches(value, [*choices], n=1)
+    found = get_close_matches(value, [*choices], n=1, cutoff=cutoff)
     return f"Did you mean {found[0]}?" if found else ""
 
 

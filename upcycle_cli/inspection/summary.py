@@ -24,7 +24,6 @@ from upcycle_cli.models.engines import Engine, Trainer, engines, support_lines, 
 from upcycle_cli.models.layers import format_layers
 from upcycle_cli.models.lookup import dense_family, is_target, targets_of
 from upcycle_cli.models.moe_experts import find_experts
-from upcycle_cli.plan.texts import CalibrationText, calibration_text
 from upcycle_cli.recipe.recipe import ExpertLayout, Growth, Recipe, to_recipe
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from upcycle_cli.plan.inputs import Inputs
     from upcycle_cli.plan.output import Options
     from upcycle_cli.plan.plan import Plan
+    from upcycle_cli.plan.texts import CalibrationText
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -110,7 +110,11 @@ def inspect(
     """
     if dense and not weights and load is None:
         raise UpcycleError("`dense` needs `weights` or `load`.")
-    text = None if load is None else calibration_text(load, "the text")
+    text = None
+    if load is not None:
+        from upcycle_cli.plan.texts import calibration_text
+
+        text = calibration_text(load, "the text")
     recipe = None if recipe is None else to_recipe(recipe)
     checkpoint = open_source(path, revision)
     if weights or text is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer  # noqa: TC002 - it reads the annotations of a command
 
-from upcycle_cli.cli import options, render, render_json, terminal
+from upcycle_cli.cli import options, render, terminal
 from upcycle_cli.cli import parse_options as values
 from upcycle_cli.cli.options import MoeOptions
 from upcycle_cli.cli.progress import progress_bar
@@ -92,6 +92,8 @@ def inspect(
         fits = fitting(found.checkpoint, budget, **values.to_shared_choices(moe, context))
         command = values.convert_command(context, fits[0].recipe.name)
     if json:
+        from upcycle_cli.cli import render_json
+
         terminal.print_json(render_json.inspection_json(found, fits, command, tensors=tensors))
         return
     if budget is not None:
