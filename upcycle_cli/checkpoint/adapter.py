@@ -115,11 +115,6 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     return replace(base, made=made, left_out=left_out, adapter=adapter)
 
 
-def adapter_text(adapter: Checkpoint) -> str:
-    """Describe an adapter."""
-    return f"{adapter.name}, LoRA of rank {adapter.config.get('r')}, {len(adapter.tensors)} tensors"
-
-
 def _held(base: Checkpoint, name: str, path: Path) -> Source:
     """Return the base's tensor of this name in memory; UpcycleError without one."""
     for memory, disk in _SPELLINGS:

@@ -172,6 +172,13 @@ class Checkpoint(Compact):
         adapter = {} if self.adapter is None else {"adapter": self.adapter.identity}
         return {**self.origin, "times": times, **adapter}
 
+    @property
+    def adapter_text(self) -> str:
+        """A description of the adapter; empty without one."""
+        if (lora := self.adapter) is None:
+            return ""
+        return f"{lora.name}, LoRA of rank {lora.config.get('r')}, {len(lora.tensors)} tensors"
+
     def tensor(self, name: str) -> Source | Made:
         """Return how a tensor of the model is stored or computed."""
         entry = self.tensors[name]

@@ -47,12 +47,12 @@ COMPANIONS = (
     *("*preprocessor_config.json", "processor_config.json"),  # for images and videos
     *FREE_TEXTS,
 )
-_KEYS = re.compile(
+_KEYS = (
     "(bos|eos|pad|unk)_token(_id)?|added_tokens|emoji|model_max_length|transformers_version|vocab"
     "|(processor|tokenizer)_class|(feature_extractor|image_processor|video_processor)_type|image_mean"
 )
 """Each JSON companion has one of these keys, or all its values are numbers."""
-_STARTS = re.compile(rb"#version|\n..?\n..?[<\[]|([A-Za-z0-9+/]+=* \d+\r?\n){100}", re.DOTALL)
+_STARTS = rb"(?s)#version|\n..?\n..?[<\[]|([A-Za-z0-9+/]+=* \d+\r?\n){100}"
 """How merges, a SentencePiece model (its first token is <unk> or the like) and tiktoken begin."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 """Suffixes of files that engines load as weights, whatever their names."""
@@ -164,10 +164,12 @@ class Storage:
         data, path = self.read(file.name, 0, file.size + 1), self.path / file.name
         if len(data) != file.size or self.stamp(file.name) != file:
             raise file_changed(path)
-        if self._owns(file.name) or _STARTS.match(data):
+        if self._owns(file.name) or re.match(_STARTS, data):
             return data
         held = json_object(data, str(path))
-        if any(map(_KEYS.fullmatch, held)) or all(type(each) is int for each in held.values()):
+        if any(re.fullmatch(_KEYS, key) for key in held):
+            return data
+        if all(type(each) is int for each in held.values()):
             return data
         words = f"{path} is a link to a file that does not look like {path.name}."
         raise UpcycleError(words, "Put the file itself there, if it belongs there.")

@@ -15,7 +15,6 @@ from functools import partial
 from glob import escape
 from pathlib import Path
 
-from upcycle_cli.checkpoint.adapter import open_adapter, with_adapter
 from upcycle_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_storage
 from upcycle_cli.checkpoint.storage import (
     ADAPTER_NAME,
@@ -94,7 +93,11 @@ def open_source(source: Path | str | Storage, revision: str | None = None) -> Ch
     """Open a model, or BASE+ADAPTER, without downloading weights; raises UpcycleError."""
     place = source if isinstance(source, Storage) else locate_source(source, revision)
     base = open_checkpoint(place.path) if place.is_local else open_storage(place)
-    return base if place.adapter is None else with_adapter(base, open_adapter(place.adapter))
+    if place.adapter is None:
+        return base
+    from upcycle_cli.checkpoint.adapter import open_adapter, with_adapter
+
+    return with_adapter(base, open_adapter(place.adapter))
 
 
 def download_model(storage: Storage) -> Path:

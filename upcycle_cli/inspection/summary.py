@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle_cli.checkpoint.adapter import adapter_text
 from upcycle_cli.checkpoint.checkpoint import Checkpoint
 from upcycle_cli.checkpoint.header import TORCH_DTYPES
 from upcycle_cli.checkpoint.storage import RECORD_NAME
@@ -239,8 +238,8 @@ def inspection_rows(inspection: Inspection) -> Iterator[Row]:
     dtype = checkpoint.dequantized_to
     note = "" if dtype is None else f", FP8 computed in {dtype}"
     yield "size", [f"{size_text(checkpoint.nbytes)} in {shards}{note}"]
-    if checkpoint.adapter is not None:
-        yield "adapter", [adapter_text(checkpoint.adapter)]
+    if checkpoint.adapter_text:
+        yield "adapter", [checkpoint.adapter_text]
     if inspection.kind == "moe":
         yield "engines", support_lines(inspection.engines)
         if inspection.trainers:

@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from upcycle_cli.checkpoint.adapter import adapter_text
 from upcycle_cli.checkpoint.checkpoint import ADAPTER_PREFIX, tensor_of
 from upcycle_cli.checkpoint.header import ITEM_BYTES, TORCH_DTYPES
 from upcycle_cli.core.display import Row
@@ -48,8 +47,8 @@ def facts(plan: Plan) -> dict[str, str]:
         flops = f"{parameter_text(plan.flops_per_token, 'G')} ({plan.flops_ratio:.2f} × dense)"
         found["FLOPs per token"] = f"{flops}, attention scores left out"
     found["size"] = f"{size_text(plan.nbytes)} in {counted(len(plan.shards), 'shard')}"
-    if plan.source.adapter is not None:
-        found["adapter"] = adapter_text(plan.source.adapter)
+    if plan.source.adapter_text:
+        found["adapter"] = plan.source.adapter_text
     if fp8 := [model for model in plan.sources if model.dequantized_to is not None]:
         of = "" if len(fp8) == len(plan.sources) else f" of {', '.join(m.name for m in fp8)}"
         words = f"computed in {fp8[0].dequantized_to}; the output is not quantised"
