@@ -1,4 +1,4 @@
-"""How fast a source whose weights are computed converts, against the same weights in bfloat16.
+"""How fast FP8 sources and adapters convert, against the same weights in bfloat16.
 
     python tests/benchmarks/computed_sources.py [--size 0.4] [--rounds 3] [--recipe E4G4T4]
 

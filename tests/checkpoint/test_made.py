@@ -48,7 +48,7 @@ def rounded_once(total: Fraction) -> float:
 
 
 def hard(kind: str) -> tuple[Floats, Floats]:
-    """Return factors whose product float64, or two roundings, would get wrong."""
+    """Return two matrices. Rounding their product twice would give a wrong value."""
     rng = np.random.default_rng(0)
     b, a = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 8), (8, 6)))
     if kind == "cancels":  # only the last product is left of the sum
@@ -70,7 +70,7 @@ def hard(kind: str) -> tuple[Floats, Floats]:
 @pytest.mark.parametrize("kind", ["plain", "cancels", "ties", "of 16 bits", "huge"])
 def test_a_product_is_rounded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     b, a = hard(kind)
-    if kind == "of 16 bits":  # whose sums in float64 are exact
+    if kind == "of 16 bits":  # float64 holds these sums exactly
         monkeypatch.setattr(made_module, "_exact_sum", pytest.fail)
     found = product(b, a)
     for o in range(len(b)):
@@ -179,7 +179,7 @@ def stored(value: Any, held: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401
 def test_an_expression_of_a_computed_tensor(
     tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, expr: ex.Expr
 ) -> None:
-    """It equals that of a tensor which torch has computed, in pieces of any size."""
+    """The value is the one that torch computes, in pieces of any size."""
     held = dict(tensors)
     wanted = value_of(stored(expr, held), held.__getitem__)
     for items in (1 << 20, 4):

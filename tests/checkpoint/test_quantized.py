@@ -23,6 +23,8 @@ from upcycle_cli import (
     verify,
 )
 from upcycle_cli.checkpoint.checkpoint import open_checkpoint
+from upcycle_cli.checkpoint.made import part
+from upcycle_cli.run.lazy_weights import unread
 from upcycle_cli.verification.prompts import TextOptions
 
 if TYPE_CHECKING:
@@ -82,6 +84,26 @@ def test_the_bits_are_transformers_own(
         for name in source.made:
             assert torch.equal(reader.tensor(name), expected[name]), name
     assert len(source.made) == 14
+
+
+def test_a_lookup_computes_its_rows_only(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the outputs check looks tokens up in an embedding that an adapter changes."""
+    source, sizes = open_checkpoint(save_fp8(make_dense("llama"), tmp_path / "fp8")), list[int]()
+
+    def watched(*args: Any) -> Any:  # noqa: ANN401
+        values = part(*args)
+        sizes.append(len(values))
+        return values
+
+    monkeypatch.setattr("upcycle_cli.checkpoint.checkpoint.part", watched)
+    with source.reader() as reader:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        held, whole = unread(source, reader, name), reader.tensor(name)
+        for chosen in (torch.tensor([3, 0, 31]), slice(5, 9), slice(7, 7)):
+            assert torch.equal(held[chosen], whole[chosen])
+    assert sizes == [32, 3, 4, 0]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -48,6 +48,8 @@ from upcycle_cli.core.text import printable
 if TYPE_CHECKING:
     import torch
 
+    from upcycle_cli.checkpoint.made import Index
+
 _NAME = re.compile(r"model (\d+): (.*)", re.DOTALL)
 ADAPTER_PREFIX = "adapter: "
 """Begins the name by which a reader has a tensor of a checkpoint's adapter."""
@@ -297,8 +299,11 @@ class Reader(MappedFiles):
         whole = memoryview(self.map(checkpoint.storage, stamp))
         return whole[entry.offset : entry.offset + entry.nbytes]
 
-    def tensor(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Return a tensor, which aliases the mapped file, or compute its entries [begin, end)."""
+    def tensor(self, name: str, entries: Index = slice(None)) -> torch.Tensor:
+        """Return a tensor, which aliases the mapped file, or compute some entries of it.
+
+        `entries` are along the first dimension. Raises UpcycleError for a value that is not finite.
+        """
         number, own = self._model(name)
         made = self._checkpoints[number].made.get(own)
         if made is None:
@@ -307,10 +312,14 @@ class Reader(MappedFiles):
             is_aligned = entry.offset % ITEM_BYTES[entry.dtype] == 0
             return _as_torch(data if is_aligned else bytearray(data), entry.dtype, entry.shape)
         count, *rest = made.shape
-        end, height = count if end is None else end, math.prod(rest[:-1])
-        rows = slice(begin * height, end * height)
+        rows, height = entries, math.prod(rest[:-1])
+        if height != 1:  # a stack of matrices, whose rows follow one another
+            import numpy as np
+
+            rows = np.arange(count * height).reshape(count, height)[entries].ravel()
         values = part(made, lambda stored: self.mapped(tensor_of(number, stored)), rows)
-        return _as_torch(bytearray(values.tobytes()), made.dtype, (end - begin, *rest))
+        shape = len(values) // max(1, height), *rest
+        return _as_torch(bytearray(values.tobytes()), made.dtype, shape)
 
     def _model(self, name: str) -> tuple[int, str]:
         # A single checkpoint can have any names, even names like `tensor_of`'s.

@@ -38,7 +38,8 @@ class _Unread:
 class Computed:
     """Rows of a tensor that are computed whenever they are read, in place of a mapped tensor."""
 
-    rows: Callable[[int, int], torch.Tensor]
+    rows: Callable[[Any], torch.Tensor]
+    """Computes the rows of a slice, or those of which an array has the numbers."""
     shape: torch.Size
     dtype: torch.dtype
 
@@ -46,9 +47,7 @@ class Computed:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> torch.Tensor:  # noqa: ANN401
-        if isinstance(index, slice):
-            return self.rows(*index.indices(len(self))[:2])
-        return self.rows(0, len(self))[index]
+        return self.rows(index.numpy() if isinstance(index, torch.Tensor) else index)
 
 
 def unread(checkpoint: Checkpoint, reader: Reader, name: str) -> torch.Tensor | Computed:
