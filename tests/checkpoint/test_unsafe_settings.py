@@ -136,6 +136,7 @@ OTHER = {"auths": {"docker.io": {"auth": "hf_secret"}}, "type": "user", "access_
         *((name, "json") for name in ("generation_config.json", "vocab.json", "tekken.json")),
         *((name, "secret") for name in ("merges.txt", "tokenizer.model", "a.tiktoken")),
         *((name, "pipe") for name in ("tokenizer_config.json", "chat_template.jinja")),
+        *((name, "folder") for name in ("tokenizer.json", "processor_config.json")),
     ],
 )
 def test_refuse_links_to_other_things(llama: Path, tmp_path: Path, name: str, kind: str) -> None:

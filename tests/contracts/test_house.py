@@ -16,7 +16,7 @@ import pytest
 import upcycle_cli
 
 ROOT = Path(upcycle_cli.__file__).parent
-MOST_LINES, MOST_MODULE_LINES, MOST_AT_THE_TOP = 21_120, 400, 8
+MOST_LINES, MOST_MODULE_LINES, MOST_AT_THE_TOP = 21_125, 400, 8
 ORDER = (
     *("core", "recipe", "checkpoint", "hub", "models", "training", "plan", "write", "run"),
     *("calibrate", "verification", "inspection", "publish", "api", "report", "cli"),

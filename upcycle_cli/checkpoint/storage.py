@@ -144,7 +144,10 @@ class Storage:
         return 0
 
     def companions(self) -> tuple[FileStamp, ...]:
-        """Return the tokenizer, licence and other companion files."""
+        """Return the tokenizer, licence and other companions; UpcycleError if one is no file."""
+        for link in [name[:-1] for name in self.names() if name.endswith("/")]:
+            if safe_files.matches(link, {*COMPANIONS} - {*FREE_TEXTS}):
+                self.locate(link)  # raises for a directory
         wanted = {*self.matching(COMPANIONS)} - {*self.left_out()}
         companions = tuple(self.stamp(name) for name in sorted(wanted) if not is_weight_file(name))
         for file in companions:
